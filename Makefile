@@ -1,0 +1,54 @@
+# `make demo` and `make test` work from a fresh clone: they create .venv, install pinned versions and build
+# the native code. Needs Python 3.11 or newer, make and a C++ compiler.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+# The compiled module is rebuilt when a native source or the build script changes.
+NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench wheel clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP) ## fine-tune a BERT with ERM and with Group DRO, compare loss and bias
+	$(BIN)/robustdebias demo $(DEMO_ARGS)
+
+test: $(STAMP) ## build and run the whole suite but the slow tests, with coverage
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+bench: $(STAMP) ## time the op beside torch on this machine
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
+
+wheel: ## build a wheel for this Python into dist/
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info rd_kernels/_native*.so demo-output .coverage
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,25 @@
+"""Group-robust losses fused into one differentiable op.
+
+Importing this imports torch, but neither triton nor the native kernels: a backend is loaded when first used.
+"""
+
+from rd_kernels import backends, functional
+from rd_kernels.backends import use_backend
+from rd_kernels.losses import CrossEntropyLoss, GroupDROLoss, LinearGroupDROLoss
+from rd_kernels.objectives import ERM, GroupDRO
+from rd_kernels.report import GroupReport, GroupStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ERM",
+    "CrossEntropyLoss",
+    "GroupDRO",
+    "GroupDROLoss",
+    "GroupReport",
+    "GroupStats",
+    "LinearGroupDROLoss",
+    "backends",
+    "functional",
+    "use_backend",
+]

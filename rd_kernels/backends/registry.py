@@ -1,0 +1,230 @@
+"""The interface every backend implements, and the choice between them.
+
+A backend is a launcher: it allocates outputs and starts kernels; the mathematics lives in the kernels and
+is defined by :mod:`rd_kernels.reference`. Letters: N rows, V vocabulary, G groups. ``acc`` is the
+accumulation dtype: float32, or float64 for float64 logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "available", "get", "select", "use_backend"]
+
+ENVIRONMENT_VARIABLE = "RD_KERNELS_BACKEND"
+
+# Tried in this order by "auto": the first that is usable and serves the tensors wins.
+BACKENDS: dict[str, tuple[str, str]] = {
+    "triton": ("rd_kernels.backends.triton_backend", "TritonBackend"),
+    "cpu": ("rd_kernels.backends.cpu", "CPUBackend"),
+    "reference": ("rd_kernels.reference", "ReferenceBackend"),
+}
+
+# What became of a row in the row pass.
+MISS, HIT, IGNORED, BAD_LABEL = 0, 1, 2, 3
+
+
+class Backend:
+    """One way to run the op. All tensors are on one device.
+
+    ``logits`` [N, V] have unit stride along V and any row stride (0 included); ``labels`` [N] are
+    contiguous int64; ``groups`` are contiguous, either int64 ids [N] (-1: in no group) or a bool mask
+    [N, G]. Every output element is written.
+    """
+
+    name: str
+
+    def missing(self) -> str | None:
+        """Why this backend cannot run on this machine and what to do about it; None if it can."""
+        raise NotImplementedError
+
+    def refuses(self, logits: Tensor) -> str | None:
+        """Why this backend cannot serve these logits (device, dtype); None if it can."""
+        raise NotImplementedError
+
+    def row_forward(
+        self,
+        logits: Tensor,  # [N, V]
+        labels: Tensor,  # [N]
+        class_weight: Tensor | None,  # [V] acc
+        label_smoothing: float,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One read of the logits -> ``row_loss`` [N] acc, ``lse`` [N] acc, ``outcome`` [N] uint8.
+
+        Ignored rows: loss 0, lse 0. A label outside [0, V): loss and lse NaN, outcome ``BAD_LABEL``.
+        """
+        raise NotImplementedError
+
+    def row_backward(
+        self,
+        grad_out: Tensor | None,  # [] or [N] acc, any stride; None: 1
+        row_scale: Tensor | None,  # [N] acc; None: 1
+        logits: Tensor,  # [N, V]
+        labels: Tensor,  # [N]
+        lse: Tensor,  # [N] acc
+        class_weight: Tensor | None,  # [V] acc
+        label_smoothing: float,
+        ignore_index: int,
+        out: Tensor | None = None,  # [N, V]; may be ``logits`` itself
+    ) -> Tensor:
+        """d(sum_i grad_out_i row_scale_i row_loss_i) / d logits; zeros where the factor is 0 or no label counts."""
+        raise NotImplementedError
+
+    def softmax_minus_onehot_(
+        self, logits: Tensor, labels: Tensor, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``row_forward``, and ``logits`` overwritten by softmax - onehot(label), zeros on rows not counted."""
+        row_loss, lse, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
+        self.row_backward(None, None, logits, labels, lse, None, 0.0, ignore_index, out=logits)
+        return row_loss, lse, outcome
+
+    def group_reduce(
+        self, row_loss: Tensor, outcome: Tensor, groups: Tensor, num_groups: int
+    ) -> tuple[Tensor, Tensor]:
+        """-> ``stats`` [4, G+2] acc, ``status`` [2] int64.
+
+        Rows of ``stats``: loss sum, row count, hits, weight (left to ``group_update``). Columns: the G
+        groups, labelled rows in no group, all labelled rows. ``status``: the number of labels out of range,
+        and of group ids out of range (looked at on labelled rows only).
+        """
+        raise NotImplementedError
+
+    def group_update(
+        self,
+        stats: Tensor,  # [4, G+2] acc, its row 3 is written
+        status: Tensor,  # [2] int64
+        q: Tensor,  # [G] float32, updated in place
+        objective: str,  # "erm" or "group_dro"
+        step_size: float,
+        adjustment: Tensor | None,  # [G] float32
+    ) -> tuple[Tensor, Tensor]:
+        """-> ``loss`` [] acc, ``coefficients`` [G] acc. A non-zero status: loss NaN, coefficients 0, q kept."""
+        raise NotImplementedError
+
+    def row_scale(self, coefficients: Tensor, outcome: Tensor, groups: Tensor) -> Tensor:
+        """-> [N] acc: the sum of the coefficients of a row's groups; 0 for rows without label or group."""
+        raise NotImplementedError
+
+    def grouped_forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        groups: Tensor,
+        q: Tensor,
+        objective: str,
+        step_size: float,
+        adjustment: Tensor | None,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Steps 1-3 -> ``loss`` [], ``stats``, ``status``, ``row_scale`` [N], ``lse`` [N]."""
+        row_loss, lse, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
+        loss, stats, status, scale = self.reduce_and_update(
+            row_loss, outcome, groups, q, objective, step_size, adjustment
+        )
+        return loss, stats, status, scale, lse
+
+    def reduce_and_update(
+        self,
+        row_loss: Tensor,
+        outcome: Tensor,
+        groups: Tensor,
+        q: Tensor,
+        objective: str,
+        step_size: float,
+        adjustment: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Steps 2 and 3 on finished row losses -> ``loss``, ``stats``, ``status``, ``row_scale``."""
+        stats, status = self.group_reduce(row_loss, outcome, groups, q.numel())
+        loss, coefficients = self.group_update(stats, status, q, objective, step_size, adjustment)
+        return loss, stats, status, self.row_scale(coefficients, outcome, groups)
+
+
+@functools.cache
+def get(name: str) -> Backend:
+    """The backend called ``name``, imported on first use. ValueError for an unknown name."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}")
+    module, cls = BACKENDS[name]
+    return getattr(importlib.import_module(module), cls)()
+
+
+def available() -> dict[str, str | None]:
+    """Each backend's name and what it lacks on this machine; None where it can be used."""
+    return {name: get(name).missing() for name in BACKENDS}
+
+
+_forced: ContextVar[str | None] = ContextVar("rd_kernels_backend", default=None)
+
+
+def _check_name(name: str, source: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {name!r}")
+
+
+class use_backend(contextlib.ContextDecorator):
+    """Choose the backend for every later call that says ``backend="auto"``: a call or a context manager.
+
+    ``rd.use_backend("cpu")`` holds until changed; ``with rd.use_backend("reference"): ...`` for the block.
+    ``"auto"`` gives the choice back. Raises ValueError for an unknown name and RuntimeError, saying what is
+    missing, for a backend that cannot run on this machine.
+    """
+
+    def __init__(self, name: str):
+        _check_name(name, "name")
+        if name != "auto" and (reason := get(name).missing()) is not None:
+            raise RuntimeError(f"backend {name!r} is not available: {reason}")
+        self._previous = _forced.get()
+        _forced.set(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _forced.set(self._previous)
+
+
+def select(requested: str, logits: Tensor) -> str:
+    """The name of the backend that will serve ``logits``.
+
+    ``requested`` other than "auto" wins; then :func:`use_backend`; then the environment variable
+    RD_KERNELS_BACKEND; then the first backend that can. Only "auto" chooses: a named backend that cannot
+    serve raises RuntimeError with the reason. Under torch.compile the choice is made once, while tracing.
+    """
+    return _select(requested, logits.device, logits.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _select(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    name = requested
+    if name == "auto":
+        name = _forced.get() or "auto"
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        _check_name(name, ENVIRONMENT_VARIABLE)
+    return _resolve(name, device, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    _check_name(name, "backend")
+    probe = torch.empty((1, 1), device=device, dtype=dtype)
+    if name != "auto":
+        reason = get(name).missing() or get(name).refuses(probe)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot serve this call: {reason}")
+        return name
+    for name in BACKENDS:
+        # Triton is only worth importing for a GPU; its interpreter must be asked for by name.
+        if name == "triton" and device.type == "cpu":
+            continue
+        if get(name).missing() is None and get(name).refuses(probe) is None:
+            return name
+    raise RuntimeError(f"no backend serves {dtype} on {device}")  # pragma: no cover

@@ -1,0 +1,307 @@
+"""The losses as stateless functions. Letters: N rows, V vocabulary, D hidden, G groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rd_kernels import distributed, ops
+from rd_kernels.backends.registry import select
+from rd_kernels.groups import canonical_groups, canonical_labels, check_same_device
+from rd_kernels.linear import DEFAULT_MEMORY_BUDGET, plan
+from rd_kernels.objectives import GroupDRO, Objective
+
+__all__ = ["cross_entropy", "group_dro_cross_entropy", "linear_group_dro_cross_entropy"]
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`torch.nn.functional.cross_entropy` on class indices: the same numbers, shapes and dtypes.
+
+    Args:
+        input: logits [V], [N, V] or [N, V, d1, ...], floating point. Accumulated in float32 (float64 for
+            float64) whatever their dtype.
+        target: class indices [], [N] or [N, d1, ...], an integer dtype.
+        weight: [V], one factor per class.
+        ignore_index: targets with this value count neither in the loss nor in its mean.
+        reduction: "mean" (weighted mean over the targets that count; NaN if none does, as in torch), "sum",
+            "none".
+        label_smoothing: in [0, 1].
+        backend: "auto" or the name of a backend.
+
+    Returns: a scalar, or the losses in target's shape; in input's dtype (float32 under autocast).
+
+    Raises:
+        ValueError: a shape, device, reduction or label_smoothing outside the above; on the CPU also a target
+            outside [0, V). On a GPU such a row's loss is NaN, its gradient zero: no synchronisation.
+        TypeError: input is not floating point, or target not integer (class probabilities are not supported).
+        RuntimeError: a backend named explicitly cannot serve the call.
+    """
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating point, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input must have shape [V], [N, V] or [N, V, d1, ...], got a scalar")
+    if target.is_floating_point():
+        raise TypeError(
+            f"target must hold class indices of an integer dtype, got {target.dtype}; "
+            "class probabilities are not supported"
+        )
+    logits = input if input.dim() <= 2 else input.movedim(1, -1)
+    labels = canonical_labels(target, logits.shape[:-1], "target")
+    check_same_device("input", input.device, target=target, weight=weight)
+    rows = _rows(logits, "input")
+    acc = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    if weight is not None:
+        if weight.shape != rows.shape[1:]:
+            raise ValueError(f"weight must have shape [{rows.shape[1]}], got {list(weight.shape)}")
+        weight = weight.detach().to(acc).contiguous()
+    name = select(backend, rows)
+    row_loss, lse, _ = ops.row_forward(rows.detach(), labels, weight, label_smoothing, ignore_index, name)
+    losses = ops.RowsLoss.apply(
+        rows, row_loss, None, labels, lse, weight, label_smoothing, ignore_index, name
+    )
+    if reduction == "none":
+        result = losses.reshape(target.shape)
+    elif reduction == "sum":
+        result = losses.sum()
+    else:
+        counted = labels != ignore_index
+        result = losses.sum() / (counted.sum() if weight is None else _total_weight(weight, labels, counted))
+    # torch computes this loss in float32 under autocast and in the input's dtype elsewhere.
+    return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A grouped loss and what the report needs: ``stats`` [4, G+2], ``status`` [2]."""
+
+    loss: Tensor
+    stats: Tensor
+    status: Tensor
+    num_classes: int
+
+
+def group_dro_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    group_weights: Tensor,
+    objective: Objective = GroupDRO(),  # noqa: B008 - frozen
+    *,
+    ignore_index: int = -100,
+    process_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy reduced by groups and weighted by the objective, in one differentiable op.
+
+    loss = sum_g c_g S_g, where S_g sums the row losses of group g and c_g is the objective's coefficient,
+    held constant in the gradient (Sagawa et al. 2020, arXiv 1911.08731, for :class:`GroupDRO`).
+
+    Args:
+        logits: [..., V], floating point.
+        labels: [...], class indices of an integer dtype; ``ignore_index`` marks rows without a label.
+        groups: ids [...], or ids [B] with B = labels.shape[0] for all tokens of a sequence, or a bool mask
+            [..., G] or [B, G] where groups overlap. Id -1: in no group; such a row gets coefficient 0.
+        group_weights: q [G], float32, on the simplex; UPDATED IN PLACE before it weights this batch.
+        objective: :class:`ERM`, :class:`GroupDRO`.
+        process_group: sums and counts are all-reduced over it before the objective, and the loss is
+            multiplied by its size, to undo DDP's mean.
+        backend: "auto" or the name of a backend.
+
+    Returns: a scalar, float32 (float64 for float64 logits). If no labelled row is in any group it is 0 with
+    zero gradient, and q stays. If a group's mean loss is not finite the loss is not finite, and q stays.
+
+    Raises:
+        ValueError: shapes that do not fit, V = 0, tensors on different devices; on the CPU also labels or
+            group ids out of range. On a GPU these give loss NaN, zero gradient and an unchanged q without a
+            synchronisation; ``report()`` of the module raises.
+        TypeError: a dtype that is not what is said above (fractional ids, for instance).
+        RuntimeError: a backend named explicitly cannot serve the call; several ranks without a process group.
+    """
+    adjustment = _adjustment(objective, group_weights)
+    return grouped_loss(
+        logits, labels, groups, group_weights, objective, adjustment, ignore_index, process_group, backend
+    ).loss
+
+
+def linear_group_dro_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    group_weights: Tensor,
+    objective: Objective = GroupDRO(),  # noqa: B008 - frozen
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    process_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`group_dro_cross_entropy` of ``hidden @ weight.T + bias``, exact with 3 GEMMs.
+
+    Args:
+        hidden: [..., D]. weight: [V, D]. bias: [V] or None. One floating dtype (autocast casts all three).
+        labels, groups, group_weights, objective, ignore_index, process_group, backend: as there.
+        memory_budget: bytes for what grows with the rows beside inputs and gradients. Rows that do not fit
+            are computed again in the backward: 4 - f GEMMs where a fraction f fits.
+
+    Raises: as there, and ValueError for shapes of hidden, weight and bias that do not fit or a budget below
+    one row.
+    """
+    adjustment = _adjustment(objective, group_weights)
+    return linear_grouped_loss(
+        hidden, weight, bias, labels, groups, group_weights, objective, adjustment, ignore_index,
+        memory_budget, process_group, backend,
+    ).loss  # fmt: skip
+
+
+def grouped_loss(
+    logits: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    q: Tensor,
+    objective: Objective,
+    adjustment: Tensor | None,
+    ignore_index: int,
+    process_group: Any,
+    backend: str,
+) -> Grouped:
+    """The logits op with its statistics; arguments as in :func:`group_dro_cross_entropy`."""
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.dim() == 0:
+        raise ValueError("logits must have shape [..., V], got a scalar")
+    _check_group_weights(q)
+    check_same_device("logits", logits.device, labels=labels, groups=groups, group_weights=q)
+    leading = logits.shape[:-1]
+    flat_labels = canonical_labels(labels, leading)
+    flat_groups = canonical_groups(groups, leading, q.shape[0])
+    rows = _rows(logits, "logits")
+    name = select(backend, rows)
+    rule = (objective.rule, objective.rate, adjustment)
+    ranks = distributed.world_size(process_group)
+    if ranks is None:
+        loss, stats, status, scale, lse = ops.grouped_forward(
+            rows.detach(), flat_labels, flat_groups, q, *rule, ignore_index, name
+        )
+    else:
+        row_loss, lse, outcome = ops.row_forward(rows.detach(), flat_labels, None, 0.0, ignore_index, name)
+        loss, stats, status, scale = distributed.reduce_and_update(
+            row_loss, outcome, flat_groups, q, rule, rows.shape[1], process_group, ranks, name
+        )
+    loss = ops.RowsLoss.apply(rows, loss, scale, flat_labels, lse, None, 0.0, ignore_index, name)
+    return Grouped(loss, stats, status, rows.shape[1])
+
+
+def linear_grouped_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    groups: Tensor,
+    q: Tensor,
+    objective: Objective,
+    adjustment: Tensor | None,
+    ignore_index: int,
+    memory_budget: int,
+    process_group: Any,
+    backend: str,
+) -> Grouped:
+    """The linear op with its statistics; arguments as in :func:`linear_group_dro_cross_entropy`."""
+    device = hidden.device
+    _check_group_weights(q)
+    check_same_device(
+        "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, group_weights=q
+    )
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_linear(hidden, weight, bias)
+    leading = hidden.shape[:-1]
+    flat_labels = canonical_labels(labels, leading)
+    flat_groups = canonical_groups(groups, leading, q.shape[0])
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    name = select(backend, rows)
+    stored_rows, block_rows = plan(
+        rows.shape[0], weight.shape[0], rows.shape[1], rows.element_size(), memory_budget
+    )
+    row_loss, lse, outcome, unweighted = ops.linear_forward(
+        rows.detach(), weight.detach(), None if bias is None else bias.detach(), flat_labels, ignore_index,
+        stored_rows, block_rows, name,
+    )  # fmt: skip
+    rule = (objective.rule, objective.rate, adjustment)
+    ranks = distributed.world_size(process_group)
+    if ranks is None:
+        loss, stats, status, scale = ops.reduce_and_update(
+            row_loss, outcome, flat_groups, q, *rule, weight.shape[0], name
+        )
+    else:
+        loss, stats, status, scale = distributed.reduce_and_update(
+            row_loss, outcome, flat_groups, q, rule, weight.shape[0], process_group, ranks, name
+        )
+    loss = ops.LinearRowsLoss.apply(
+        rows, weight, bias, loss, scale, unweighted, lse, flat_labels, ignore_index, block_rows, name
+    )
+    return Grouped(loss, stats, status, weight.shape[0])
+
+
+def _rows(logits: Tensor, argument: str) -> Tensor:
+    """[..., V] -> [N, V] with unit stride along V."""
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{argument} must have at least one class, got shape {list(logits.shape)}")
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 or (rows.shape[1] == 1 and rows.is_contiguous()) else rows.contiguous()
+
+
+def _check_group_weights(q: Tensor) -> None:
+    if q.dim() != 1 or q.shape[0] < 1 or q.dtype != torch.float32 or not q.is_contiguous():
+        raise ValueError(
+            f"group_weights must be a contiguous float32 tensor [G] with G >= 1, "
+            f"got {q.dtype} {list(q.shape)}"
+        )
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden must be floating point, got {hidden.dtype}")
+    if hidden.dim() == 0:
+        raise ValueError("hidden must have shape [..., D], got a scalar")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must have shape [V, {hidden.shape[-1]}] with V >= 1, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, but hidden is {hidden.dtype}: they must agree")
+
+
+def _adjustment(objective: Objective, q: Tensor) -> Tensor | None:
+    adjustment = objective.adjustment_for(q.shape[0])
+    return None if adjustment is None else adjustment.to(q.device)
+
+
+def _total_weight(weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """Sum of the class weights of the labels that count; labels out of range add nothing."""
+    counted = counted & (labels >= 0) & (labels < weight.shape[0])
+    return torch.where(counted, weight[torch.where(counted, labels, 0)], 0).sum()

@@ -1,0 +1,165 @@
+"""The losses as modules: the drop-in cross-entropy and the group-robust losses with their state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rd_kernels import functional
+from rd_kernels.linear import DEFAULT_MEMORY_BUDGET
+from rd_kernels.objectives import GroupDRO, Objective
+from rd_kernels.report import GroupReport
+
+__all__ = ["CrossEntropyLoss", "GroupDROLoss", "LinearGroupDROLoss"]
+
+
+class CrossEntropyLoss(nn.Module):
+    """Drop-in for :class:`torch.nn.CrossEntropyLoss` on class indices; see :func:`functional.cross_entropy`."""
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.weight: Tensor | None
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing,
+            backend=self.backend,
+        )  # fmt: skip
+
+
+class _GroupLoss(nn.Module):
+    """The group weights q, their names, and the statistics of the last call."""
+
+    group_weights: Tensor
+    _adjustment: Tensor | None
+
+    def __init__(
+        self,
+        num_groups: int,
+        objective: Objective | None = None,
+        ignore_index: int = -100,
+        group_names: Sequence[str] | None = None,
+        process_group: Any = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+            raise TypeError(f"num_groups must be an integer, got {type(num_groups).__name__}")
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+        objective = GroupDRO() if objective is None else objective
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective must be an Objective such as rd.GroupDRO(), got {objective!r}")
+        names = [str(group) for group in range(num_groups)] if group_names is None else list(group_names)
+        if len(names) != num_groups or len(set(names)) != num_groups:
+            raise ValueError(f"group_names must be {num_groups} different names, got {names}")
+        self.num_groups = num_groups
+        self.objective = objective
+        self.ignore_index = ignore_index
+        self.group_names = names
+        self.process_group = process_group
+        self.backend = backend
+        self.register_buffer("group_weights", torch.full((num_groups,), 1 / num_groups))
+        self.register_buffer("_adjustment", objective.adjustment_for(num_groups), persistent=False)
+        self._last: tuple[Tensor, Tensor, int] | None = None  # stats, status, V of the last call
+
+    def _state(self) -> Tensor:
+        """q for this call: the buffer itself while training, a copy that is thrown away in eval mode."""
+        return self.group_weights if self.training else self.group_weights.clone()
+
+    def _keep(self, result: functional.Grouped) -> Tensor:
+        self._last = (result.stats, result.status, result.num_classes)
+        return result.loss
+
+    def report(self) -> GroupReport:
+        """Loss, count, weight and accuracy of the last call, overall and by group. Waits for the device.
+
+        Raises: RuntimeError before the first call; ValueError if the last batch held labels or group ids out
+        of range (a GPU finds them without stopping; the group weights were left as they were).
+        """
+        if self._last is None:
+            raise RuntimeError("report() needs a call of the loss first")
+        stats, status, num_classes = self._last
+        return GroupReport.from_tensors(stats, status, self.group_names, num_classes)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_groups}, {self.objective}, ignore_index={self.ignore_index}, backend={self.backend!r}"
+        )
+
+
+class GroupDROLoss(_GroupLoss):
+    """Cross-entropy, group reduction and the objective's weight update as one op on logits.
+
+    ``loss = GroupDROLoss(G)(logits, labels, groups)`` with logits [..., V], labels [...], and groups as ids
+    [...] or [B], or a bool mask [..., G] or [B, G]; see :func:`functional.group_dro_cross_entropy` for
+    shapes, dtypes and what is raised.
+
+    ``group_weights`` is q, a float32 buffer [G] that starts uniform; it changes only in training mode, so
+    evaluating with the same object does not. It is saved in ``state_dict`` and moves with ``.to(device)``.
+
+    Args:
+        num_groups: G >= 1.
+        objective: ``rd.GroupDRO(step_size)`` (default), ``rd.ERM()``.
+        ignore_index: label of rows that do not count.
+        group_names: G different names for the report; default "0", "1", ...
+        process_group: for training on several ranks; needed there.
+        backend: "auto", or the name of one backend, which then must serve.
+    """
+
+    def forward(self, logits: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
+        return self._keep(
+            functional.grouped_loss(
+                logits, labels, groups, self._state(), self.objective, self._adjustment, self.ignore_index,
+                self.process_group, self.backend,
+            )
+        )  # fmt: skip
+
+
+class LinearGroupDROLoss(_GroupLoss):
+    """:class:`GroupDROLoss` of ``hidden @ weight.T + bias`` without keeping the logits: exact, 3 GEMMs.
+
+    ``loss = LinearGroupDROLoss(G)(hidden, weight, labels, groups, bias=None)`` with hidden [..., D], weight
+    [V, D], bias [V]. Args as there, and ``memory_budget`` in bytes, see
+    :func:`functional.linear_group_dro_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        objective: Objective | None = None,
+        ignore_index: int = -100,
+        group_names: Sequence[str] | None = None,
+        process_group: Any = None,
+        backend: str = "auto",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ):
+        super().__init__(num_groups, objective, ignore_index, group_names, process_group, backend)
+        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 1:
+            raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
+        self.memory_budget = memory_budget
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, groups: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return self._keep(
+            functional.linear_grouped_loss(
+                hidden, weight, bias, labels, groups, self._state(), self.objective, self._adjustment,
+                self.ignore_index, self.memory_budget, self.process_group, self.backend,
+            )
+        )  # fmt: skip

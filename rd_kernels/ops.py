@@ -1,0 +1,332 @@
+"""The ops that torch sees: schemas, fakes, autograd. Everything below this file is invisible to torch.compile.
+
+The forward ops run on detached tensors and change the group weights q (``Tensor(a!)``); the autograd
+functions only attach a backward to values that are already there. So torch.compile traces the state update
+at the top level of the graph, and a second backward through a retained graph finds everything it needs.
+
+Ops are declared with ``Library.define`` + ``impl`` and an ``autograd.Function`` outside: a call costs a
+fraction of what ``custom_op`` with ``register_autograd`` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rd_kernels import linear
+from rd_kernels.backends.registry import BAD_LABEL, get
+
+__all__ = ["LinearRowsLoss", "RowsLoss", "raise_if_bad"]
+
+_library = torch.library.Library("rd_kernels", "DEF")
+_OBJECTIVE = "Tensor(a!) q, str objective, float step_size, Tensor? adjustment"
+
+
+def _register(schema: str, implementation: Any, fake: Any) -> Any:
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rd_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.rd_kernels, name).default
+
+
+def _acc(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def raise_if_bad(status: Tensor, num_classes: int, num_groups: int | None) -> None:
+    """Raise ValueError if a kernel counted labels or group ids out of range. Reads ``status`` on the host.
+
+    On the CPU this runs inside the op, before anything is returned. On a GPU it would be a synchronisation,
+    so the kernels make such a batch harmless instead (loss NaN, zero gradient, group weights kept) and the
+    error is raised where the host reads the results anyway: ``report()``.
+    """
+    bad_labels, bad_groups = status.tolist()
+    if bad_labels:
+        raise ValueError(f"labels: {bad_labels} of them are neither ignore_index nor in [0, {num_classes})")
+    if bad_groups:
+        raise ValueError(f"groups: {bad_groups} labelled rows have an id outside [-1, {num_groups})")
+
+
+def _row_forward(logits, labels, class_weight, label_smoothing, ignore_index, backend):
+    row_loss, lse, outcome = get(backend).row_forward(
+        logits, labels, class_weight, label_smoothing, ignore_index
+    )
+    if logits.device.type == "cpu" and (bad := int((outcome == BAD_LABEL).sum())):
+        raise_if_bad(torch.tensor([bad, 0]), logits.shape[1], None)
+    return row_loss, lse, outcome
+
+
+def _row_forward_fake(logits, labels, class_weight, label_smoothing, ignore_index, backend):
+    rows = logits.new_empty(logits.shape[0], dtype=_acc(logits))
+    return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.uint8)
+
+
+row_forward = _register(
+    "row_forward(Tensor logits, Tensor labels, Tensor? class_weight, float label_smoothing, int ignore_index, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _row_forward,
+    _row_forward_fake,
+)
+
+
+def _row_backward(
+    grad_out, row_scale, logits, labels, lse, class_weight, label_smoothing, ignore_index, backend
+):
+    return get(backend).row_backward(
+        grad_out, row_scale, logits, labels, lse, class_weight, label_smoothing, ignore_index
+    )
+
+
+def _row_backward_fake(
+    grad_out, row_scale, logits, labels, lse, class_weight, label_smoothing, ignore_index, backend
+):
+    return logits.new_empty(logits.shape)
+
+
+row_backward = _register(
+    "row_backward(Tensor grad_out, Tensor? row_scale, Tensor logits, Tensor labels, Tensor lse, "
+    "Tensor? class_weight, float label_smoothing, int ignore_index, str backend) -> Tensor",
+    _row_backward,
+    _row_backward_fake,
+)
+
+
+def _group_outputs_fake(logits, q):
+    loss = logits.new_empty((), dtype=_acc(logits))
+    stats = logits.new_empty((4, q.shape[0] + 2), dtype=_acc(logits))
+    status = logits.new_empty((2,), dtype=torch.int64)
+    return loss, stats, status, logits.new_empty(logits.shape[0], dtype=_acc(logits))
+
+
+def _grouped_forward(logits, labels, groups, q, objective, step_size, adjustment, ignore_index, backend):
+    loss, stats, status, scale, lse = get(backend).grouped_forward(
+        logits, labels, groups, q, objective, step_size, adjustment, ignore_index
+    )
+    if logits.device.type == "cpu":
+        raise_if_bad(status, logits.shape[1], q.numel())
+    return loss, stats, status, scale, lse
+
+
+def _grouped_forward_fake(logits, labels, groups, q, objective, step_size, adjustment, ignore_index, backend):
+    loss, stats, status, scale = _group_outputs_fake(logits, q)
+    return loss, stats, status, scale, torch.empty_like(scale)
+
+
+grouped_forward = _register(
+    f"grouped_forward(Tensor logits, Tensor labels, Tensor groups, {_OBJECTIVE}, int ignore_index, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _grouped_forward,
+    _grouped_forward_fake,
+)
+
+
+def _group_reduce(row_loss, outcome, groups, num_classes, num_groups, backend):
+    stats, status = get(backend).group_reduce(row_loss, outcome, groups, num_groups)
+    if row_loss.device.type == "cpu":
+        raise_if_bad(status, num_classes, num_groups)
+    return stats, status
+
+
+def _group_reduce_fake(row_loss, outcome, groups, num_classes, num_groups, backend):
+    return row_loss.new_empty((4, num_groups + 2)), row_loss.new_empty((2,), dtype=torch.int64)
+
+
+group_reduce = _register(
+    "group_reduce(Tensor row_loss, Tensor outcome, Tensor groups, int num_classes, int num_groups, str backend)"
+    " -> (Tensor, Tensor)",
+    _group_reduce,
+    _group_reduce_fake,
+)
+
+
+def _group_update(stats, status, q, objective, step_size, adjustment, backend):
+    return get(backend).group_update(stats, status, q, objective, step_size, adjustment)
+
+
+def _group_update_fake(stats, status, q, objective, step_size, adjustment, backend):
+    return stats.new_empty(()), stats.new_empty(q.shape)
+
+
+group_update = _register(
+    "group_update(Tensor(b!) stats, Tensor status, Tensor(a!) q, str objective, float step_size, "
+    "Tensor? adjustment, str backend) -> (Tensor, Tensor)",
+    _group_update,
+    _group_update_fake,
+)
+
+
+def _row_scale(coefficients, outcome, groups, backend):
+    return get(backend).row_scale(coefficients, outcome, groups)
+
+
+def _row_scale_fake(coefficients, outcome, groups, backend):
+    return coefficients.new_empty(outcome.shape)
+
+
+row_scale = _register(
+    "row_scale(Tensor coefficients, Tensor outcome, Tensor groups, str backend) -> Tensor",
+    _row_scale,
+    _row_scale_fake,
+)
+
+
+def _linear_forward(hidden, weight, bias, labels, ignore_index, stored_rows, block_rows, backend):
+    return linear.forward(get(backend), hidden, weight, bias, labels, ignore_index, stored_rows, block_rows)
+
+
+def _linear_forward_fake(hidden, weight, bias, labels, ignore_index, stored_rows, block_rows, backend):
+    row_loss, lse, outcome = _row_forward_fake(hidden, labels, None, 0.0, ignore_index, backend)
+    return row_loss, lse, outcome, hidden.new_empty((stored_rows, weight.shape[0]))
+
+
+linear_forward = _register(
+    "linear_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, "
+    "SymInt stored_rows, SymInt block_rows, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_forward,
+    _linear_forward_fake,
+)
+
+
+def _linear_backward(
+    grad_out,
+    row_scale,
+    unweighted,
+    lse,
+    hidden,
+    weight,
+    bias,
+    labels,
+    ignore_index,
+    block_rows,
+    needs,
+    backend,
+):
+    return linear.backward(
+        get(backend), grad_out, row_scale, unweighted, lse, hidden, weight, bias, labels, ignore_index,
+        block_rows, needs,
+    )  # fmt: skip
+
+
+def _linear_backward_fake(
+    grad_out,
+    row_scale,
+    unweighted,
+    lse,
+    hidden,
+    weight,
+    bias,
+    labels,
+    ignore_index,
+    block_rows,
+    needs,
+    backend,
+):
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(hidden.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+
+linear_backward = _register(
+    "linear_backward(Tensor grad_out, Tensor row_scale, Tensor unweighted, Tensor lse, Tensor hidden, "
+    "Tensor weight, Tensor? bias, Tensor labels, int ignore_index, SymInt block_rows, bool[3] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    _linear_backward_fake,
+)
+
+
+def _reduce_and_update(row_loss, outcome, groups, q, objective, step_size, adjustment, num_classes, backend):
+    loss, stats, status, scale = get(backend).reduce_and_update(
+        row_loss, outcome, groups, q, objective, step_size, adjustment
+    )
+    if row_loss.device.type == "cpu":
+        raise_if_bad(status, num_classes, q.numel())
+    return loss, stats, status, scale
+
+
+def _reduce_and_update_fake(
+    row_loss, outcome, groups, q, objective, step_size, adjustment, num_classes, backend
+):
+    return _group_outputs_fake(row_loss, q)
+
+
+reduce_and_update = _register(
+    f"reduce_and_update(Tensor row_loss, Tensor outcome, Tensor groups, {_OBJECTIVE}, int num_classes, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _reduce_and_update,
+    _reduce_and_update_fake,
+)
+
+
+def _refuse_second_order() -> None:
+    # once_differentiable would let a gradient penalty through silently: it looks at grad_out alone.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("rd_kernels losses have no second derivative: create_graph=True is not supported")
+
+
+class RowsLoss(torch.autograd.Function):
+    """``value`` as it is, with the gradient sum_i grad_out_i r_i d(row_loss_i) / d logits.
+
+    ``value`` is the per-row loss [N] (then ``row_scale`` is None) or a scalar that weights rows by r [N].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # [N, V]
+        value: Tensor,  # [] or [N] acc
+        row_scale: Tensor | None,  # [N] acc
+        labels: Tensor,  # [N]
+        lse: Tensor,  # [N] acc
+        class_weight: Tensor | None,  # [V] acc
+        label_smoothing: float,
+        ignore_index: int,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, row_scale, labels, lse, class_weight)
+        ctx.constants = (label_smoothing, ignore_index, backend)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_order()
+        logits, scale, labels, lse, class_weight = ctx.saved_tensors
+        gradient = row_backward(grad_out, scale, logits, labels, lse, class_weight, *ctx.constants)
+        return gradient, None, None, None, None, None, None, None, None
+
+
+class LinearRowsLoss(torch.autograd.Function):
+    """The scalar ``value`` as it is, with gradients for hidden, weight and bias folded in late (design: 3 GEMMs)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        value: Tensor,  # [] acc
+        row_scale: Tensor,  # [N] acc
+        unweighted: Tensor,  # [stored_rows, V]: softmax - onehot
+        lse: Tensor,  # [N] acc
+        labels: Tensor,  # [N]
+        ignore_index: int,
+        block_rows: int,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, row_scale, unweighted, lse, labels)
+        ctx.constants = (ignore_index, block_rows)
+        ctx.backend = backend
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_order()
+        hidden, weight, bias, scale, unweighted, lse, labels = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        gradients = linear_backward(
+            grad_out, scale, unweighted, lse, hidden, weight, bias, labels, *ctx.constants, needs, ctx.backend
+        )
+        picked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        return (*picked, *[None] * 8)

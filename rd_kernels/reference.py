@@ -1,0 +1,154 @@
+"""The definition: cross-entropy, group reduction, objective and gradient in plain PyTorch.
+
+Every kernel is held to this file. It takes any float dtype on any device; float16 and bfloat16 are
+accumulated in float32, float64 in float64. Letters: N rows, V vocabulary, G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rd_kernels.backends.registry import BAD_LABEL, HIT, IGNORED, MISS, Backend
+
+__all__ = ["ReferenceBackend", "erm_update", "group_dro_update"]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def erm_update(counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empirical risk: every row counts the same.
+
+    Args: counts [G] rows in each group; q [G] weights, ignored.
+    Returns: coefficients c [G] = 1 / sum(n); new q [G] (unchanged); the groups' weights n_g / sum(n) [G].
+    """
+    total = counts.sum()
+    coefficients = torch.where(total > 0, 1 / total, torch.zeros_like(total)).expand_as(counts)
+    return coefficients, q, coefficients * counts
+
+
+def group_dro_update(
+    sums: Tensor, counts: Tensor, q: Tensor, step_size: float, adjustment: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Online exponentiated gradient of Group DRO (Sagawa et al. 2020, Algorithm 1), in log space.
+
+    Args: sums, counts [G] loss sum and rows of each group; q [G] weights on the simplex; adjustment [G]
+    or None, added to the mean losses of the groups that are present.
+    Returns: coefficients c [G] = q_g / n_g (0 for an absent group); new q [G]; the groups' weights (new q).
+    A group absent from the batch keeps its q up to normalisation. q is kept where no group is present or a
+    mean loss is not finite, so that one bad batch does not destroy the state.
+    """
+    present = counts > 0
+    means = sums / counts.clamp(min=1)
+    gain = means if adjustment is None else means + adjustment.to(means.dtype)
+    log_q = torch.log(q) + torch.where(present, step_size * gain, torch.zeros_like(gain))
+    updated = torch.softmax(log_q, dim=0)
+    usable = present.any() & torch.isfinite(means).all()
+    q = torch.where(usable, updated, q)
+    coefficients = torch.where(present, q / counts.clamp(min=1), torch.zeros_like(q))
+    return coefficients, q, q
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+
+    def missing(self) -> str | None:
+        return None
+
+    def refuses(self, logits: Tensor) -> str | None:
+        return None
+
+    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index):
+        vocabulary = logits.shape[1]
+        z = logits.to(accumulation_dtype(logits.dtype))
+        ignored = labels == ignore_index
+        bad = ~ignored & ((labels < 0) | (labels >= vocabulary))
+        counted = ~ignored & ~bad
+        y = torch.where(counted, labels, 0)
+        maximum = z.amax(dim=1)
+        # z - maximum is NaN for a row that is all -inf or holds +inf, as in torch's cross_entropy.
+        log_sum = (z - maximum[:, None]).exp().sum(dim=1).log()
+        lse = maximum + log_sum
+        z_y = z.gather(1, y[:, None])[:, 0]
+        # Not lse - z_y: a small loss would inherit the rounding of a large lse.
+        row_loss = log_sum + (maximum - z_y)
+        if class_weight is not None:
+            row_loss = row_loss * class_weight[y]
+        if label_smoothing > 0:
+            w = z.new_ones(vocabulary) if class_weight is None else class_weight
+            smooth = w.sum() * lse - (z * w).sum(dim=1)
+            row_loss = (1 - label_smoothing) * row_loss + label_smoothing / vocabulary * smooth
+        outcome = torch.full_like(labels, MISS, dtype=torch.uint8)
+        outcome[z_y >= maximum] = HIT
+        outcome[ignored] = IGNORED
+        outcome[bad] = BAD_LABEL
+        return _fill(row_loss, ignored, bad), _fill(lse, ignored, bad), outcome
+
+    def row_backward(
+        self, grad_out, row_scale, logits, labels, lse, class_weight, label_smoothing, ignore_index, out=None
+    ):
+        rows, vocabulary = logits.shape
+        z = logits.to(lse.dtype)
+        counted = (labels != ignore_index) & (labels >= 0) & (labels < vocabulary)
+        y = torch.where(counted, labels, 0)
+        scale = torch.ones_like(lse) if grad_out is None else grad_out.expand(rows)
+        if row_scale is not None:
+            scale = scale * row_scale
+        target = torch.zeros_like(z).scatter_(1, y[:, None], 1 - label_smoothing)
+        if label_smoothing > 0:
+            target += label_smoothing / vocabulary
+        if class_weight is not None:
+            hard = torch.zeros_like(z).scatter_(
+                1, y[:, None], (1 - label_smoothing) * class_weight[y][:, None]
+            )
+            target = hard + label_smoothing / vocabulary * class_weight
+        gradient = scale[:, None] * (target.sum(dim=1, keepdim=True) * (z - lse[:, None]).exp() - target)
+        gradient = gradient.masked_fill((~counted | (scale == 0))[:, None], 0).to(logits.dtype)
+        return gradient if out is None else out.copy_(gradient)
+
+    def group_reduce(self, row_loss, outcome, groups, num_groups):
+        counted = (outcome == MISS) | (outcome == HIT)
+        if groups.dtype == torch.bool:
+            member = groups & counted[:, None]
+            bad_groups = torch.zeros_like(counted)
+        else:
+            member = (groups[:, None] == torch.arange(num_groups, device=groups.device)) & counted[:, None]
+            bad_groups = counted & ((groups < -1) | (groups >= num_groups))
+        ungrouped = counted & ~member.any(dim=1) & ~bad_groups
+        columns = torch.cat([member, ungrouped[:, None], counted[:, None]], dim=1)  # [N, G+2]
+        values = torch.stack([row_loss, torch.ones_like(row_loss), (outcome == HIT).to(row_loss)])  # [3, N]
+        # where, not a product: 0 * NaN would spread one row's NaN to every group.
+        picked = torch.where(columns[None], values[:, :, None], torch.zeros_like(row_loss)[None, :, None])
+        stats = torch.cat([picked.sum(dim=1), row_loss.new_zeros(1, num_groups + 2)])
+        return stats, torch.stack([(outcome == BAD_LABEL).sum(), bad_groups.sum()])
+
+    def group_update(self, stats, status, q, objective, step_size, adjustment):
+        num_groups = q.numel()
+        sums, counts, state = stats[0, :num_groups], stats[1, :num_groups], q.to(stats.dtype)
+        if objective == "erm":
+            coefficients, new_q, weights = erm_update(counts, state)
+        else:
+            coefficients, new_q, weights = group_dro_update(sums, counts, state, step_size, adjustment)
+        valid = (status == 0).all()
+        coefficients = torch.where(valid, coefficients, torch.zeros_like(coefficients))
+        stats[3, :num_groups] = torch.where(valid, weights, torch.zeros_like(weights))
+        stats[3, num_groups] = 0
+        stats[3, num_groups + 1] = stats[3, :num_groups].sum()
+        q.copy_(torch.where(valid, new_q.to(q.dtype), q))
+        parts = torch.where(counts > 0, coefficients * sums, torch.zeros_like(sums))
+        return torch.where(valid, parts.sum(), parts.sum() + torch.nan), coefficients
+
+    def row_scale(self, coefficients, outcome, groups):
+        counted = (outcome == MISS) | (outcome == HIT)
+        if groups.dtype == torch.bool:
+            scale = groups.to(coefficients.dtype) @ coefficients
+        else:
+            inside = (groups >= 0) & (groups < coefficients.numel())
+            scale = torch.where(inside, coefficients[groups.where(inside, 0)], 0)
+        return torch.where(counted, scale, torch.zeros_like(scale))
+
+
+def _fill(values: Tensor, ignored: Tensor, bad: Tensor) -> Tensor:
+    return values.masked_fill(ignored, 0).masked_fill(bad, torch.nan)

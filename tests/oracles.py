@@ -1,0 +1,76 @@
+"""Independent sources of truth: plain loops and torch's own losses, written without looking at the package."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def row_losses(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """[N] losses in float64 by torch's own cross-entropy."""
+    return F.cross_entropy(logits.double(), labels, ignore_index=ignore_index, reduction="none")
+
+
+@dataclass
+class PublishedGroupDRO:
+    """The update of Sagawa et al. 2020 as their released training loop states it, one group at a time.
+
+    No log space, no vector operations: probabilities are multiplied by exp(step size times adjusted loss) and
+    divided by their sum, and the loss is their inner product with the group means.
+    """
+
+    num_groups: int
+    step_size: float
+    adjustment: float = 0.0
+    group_counts: list[int] | None = None
+    probabilities: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.probabilities:
+            self.probabilities = [1 / self.num_groups] * self.num_groups
+
+    def step(self, losses: Tensor, members: list[list[int]]) -> float:
+        """``losses`` [N] of the labelled rows, ``members`` the groups of each; returns the robust loss."""
+        means, counts = [0.0] * self.num_groups, [0] * self.num_groups
+        for loss, groups in zip(losses.tolist(), members, strict=True):
+            for group in groups:
+                means[group] += loss
+                counts[group] += 1
+        for group in range(self.num_groups):
+            if counts[group]:
+                means[group] /= counts[group]
+                bonus = 0.0
+                if self.adjustment:
+                    assert self.group_counts is not None
+                    bonus = self.adjustment / math.sqrt(self.group_counts[group])
+                self.probabilities[group] *= math.exp(self.step_size * (means[group] + bonus))
+        total = sum(self.probabilities)
+        self.probabilities = [p / total for p in self.probabilities]
+        return sum(p * m for p, m, n in zip(self.probabilities, means, counts, strict=True) if n)
+
+
+def members_of(groups: Tensor, rows: list[int]) -> list[list[int]]:
+    """Group lists of the given rows, from ids [N] or a bool mask [N, G]."""
+    if groups.dtype == torch.bool:
+        return [groups[row].nonzero()[:, 0].tolist() for row in rows]
+    return [[int(groups[row])] if groups[row] >= 0 else [] for row in rows]
+
+
+def eager_group_dro(
+    logits: Tensor, labels: Tensor, member: Tensor, q: Tensor, step_size: float, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """What people write today, in logits' own dtype for the row losses: -> loss (differentiable), new q.
+
+    ``member`` [N, G] 0/1. The yardstick for errors: kernels may not be worse than this at the same dtype.
+    """
+    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none").float()
+    member = member.float() * (labels != ignore_index)[:, None]
+    counts = member.sum(0)
+    means = (member.t() @ losses) / counts.clamp(min=1)
+    new_q = q * torch.exp(step_size * means.detach() * (counts > 0))
+    new_q = new_q / new_q.sum()
+    return (new_q * means).sum(), new_q
