@@ -73,9 +73,11 @@ def cross_entropy(
             raise ValueError(f"weight must have shape [{rows.shape[1]}], got {list(weight.shape)}")
         weight = weight.detach().to(acc).contiguous()
     name = select(backend, rows)
-    row_loss, lse, _ = ops.row_forward(rows.detach(), labels, weight, label_smoothing, ignore_index, name)
+    row_loss, normaliser, _ = ops.row_forward(
+        rows.detach(), labels, weight, label_smoothing, ignore_index, name
+    )
     losses = ops.RowsLoss.apply(
-        rows, row_loss, None, labels, lse, weight, label_smoothing, ignore_index, name
+        rows, row_loss, None, labels, normaliser, weight, label_smoothing, ignore_index, name
     )
     if reduction == "none":
         result = losses.reshape(target.shape)
@@ -199,15 +201,17 @@ def grouped_loss(
     rule = (objective.rule, objective.rate, adjustment)
     ranks = distributed.world_size(process_group)
     if ranks is None:
-        loss, stats, status, scale, lse = ops.grouped_forward(
+        loss, stats, status, scale, normaliser = ops.grouped_forward(
             rows.detach(), flat_labels, flat_groups, q, *rule, ignore_index, name
         )
     else:
-        row_loss, lse, outcome = ops.row_forward(rows.detach(), flat_labels, None, 0.0, ignore_index, name)
+        row_loss, normaliser, outcome = ops.row_forward(
+            rows.detach(), flat_labels, None, 0.0, ignore_index, name
+        )
         loss, stats, status, scale = distributed.reduce_and_update(
             row_loss, outcome, flat_groups, q, rule, rows.shape[1], process_group, ranks, name
         )
-    loss = ops.RowsLoss.apply(rows, loss, scale, flat_labels, lse, None, 0.0, ignore_index, name)
+    loss = ops.RowsLoss.apply(rows, loss, scale, flat_labels, normaliser, None, 0.0, ignore_index, name)
     return Grouped(loss, stats, status, rows.shape[1])
 
 
@@ -244,7 +248,7 @@ def linear_grouped_loss(
     stored_rows, block_rows = plan(
         rows.shape[0], weight.shape[0], rows.shape[1], rows.element_size(), memory_budget
     )
-    row_loss, lse, outcome, unweighted = ops.linear_forward(
+    row_loss, normaliser, outcome, unweighted = ops.linear_forward(
         rows.detach(), weight.detach(), None if bias is None else bias.detach(), flat_labels, ignore_index,
         stored_rows, block_rows, name,
     )  # fmt: skip
@@ -259,7 +263,7 @@ def linear_grouped_loss(
             row_loss, outcome, flat_groups, q, rule, weight.shape[0], process_group, ranks, name
         )
     loss = ops.LinearRowsLoss.apply(
-        rows, weight, bias, loss, scale, unweighted, lse, flat_labels, ignore_index, block_rows, name
+        rows, weight, bias, loss, scale, unweighted, normaliser, flat_labels, ignore_index, block_rows, name
     )
     return Grouped(loss, stats, status, weight.shape[0])
 

@@ -51,7 +51,7 @@ def forward(
     stored_rows: int,
     block_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> ``row_loss``, ``lse``, ``outcome`` [N] and U [stored_rows, V] in hidden's dtype."""
+    """-> ``row_loss`` [N], ``normaliser`` [2, N], ``outcome`` [N] and U [stored_rows, V] in hidden's dtype."""
     rows = hidden.shape[0]
     unweighted = hidden.new_empty((stored_rows, weight.shape[0]))
     parts = []
@@ -65,8 +65,8 @@ def forward(
             parts.append(backend.row_forward(logits, labels[block], None, 0.0, ignore_index))
     if len(parts) == 1:
         return *parts[0], unweighted
-    row_loss, lse, outcome = (torch.cat(column) for column in zip(*parts, strict=True))
-    return row_loss, lse, outcome, unweighted
+    row_loss, normaliser, outcome = (torch.cat(column, dim=-1) for column in zip(*parts, strict=True))
+    return row_loss, normaliser, outcome, unweighted
 
 
 def backward(
@@ -74,7 +74,7 @@ def backward(
     grad_out: Tensor,  # [] acc
     row_scale: Tensor,  # [N] acc
     unweighted: Tensor,  # [stored_rows, V]
-    lse: Tensor,  # [N] acc
+    normaliser: Tensor,  # [2, N] acc
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
@@ -89,9 +89,9 @@ def backward(
     grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
     # One block: its GEMM writes the result. Several: they are added up in acc, so that bf16 is rounded once.
     several = stored_rows < rows
-    total_dtype = lse.dtype if several else hidden.dtype
+    total_dtype = normaliser.dtype if several else hidden.dtype
     grad_weight = hidden.new_zeros(weight.shape if needs[1] else (0,), dtype=total_dtype)
-    grad_bias = hidden.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=lse.dtype)
+    grad_bias = hidden.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=normaliser.dtype)
 
     def accumulate(block: slice, unweighted_block: Tensor) -> None:
         block_scale = scale[block]
@@ -115,7 +115,7 @@ def backward(
             block = slice(start, min(start + block_rows, rows))
             logits = _logits(hidden[block], weight, bias, out=buffer[: block.stop - start])
             backend.row_backward(
-                None, None, logits, labels[block], lse[block], None, 0.0, ignore_index, out=logits
+                None, None, logits, labels[block], normaliser[:, block], None, 0.0, ignore_index, out=logits
             )
             accumulate(block, logits)
     return grad_hidden, grad_weight.to(hidden.dtype), grad_bias.to(hidden.dtype)

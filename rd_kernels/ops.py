@@ -51,17 +51,18 @@ def raise_if_bad(status: Tensor, num_classes: int, num_groups: int | None) -> No
 
 
 def _row_forward(logits, labels, class_weight, label_smoothing, ignore_index, backend):
-    row_loss, lse, outcome = get(backend).row_forward(
+    row_loss, normaliser, outcome = get(backend).row_forward(
         logits, labels, class_weight, label_smoothing, ignore_index
     )
     if logits.device.type == "cpu" and (bad := int((outcome == BAD_LABEL).sum())):
         raise_if_bad(torch.tensor([bad, 0]), logits.shape[1], None)
-    return row_loss, lse, outcome
+    return row_loss, normaliser, outcome
 
 
 def _row_forward_fake(logits, labels, class_weight, label_smoothing, ignore_index, backend):
-    rows = logits.new_empty(logits.shape[0], dtype=_acc(logits))
-    return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.uint8)
+    row_loss = logits.new_empty(logits.shape[0], dtype=_acc(logits))
+    normaliser = row_loss.new_empty((2, logits.shape[0]))
+    return row_loss, normaliser, torch.empty_like(row_loss, dtype=torch.uint8)
 
 
 row_forward = _register(
@@ -73,21 +74,21 @@ row_forward = _register(
 
 
 def _row_backward(
-    grad_out, row_scale, logits, labels, lse, class_weight, label_smoothing, ignore_index, backend
+    grad_out, row_scale, logits, labels, normaliser, class_weight, label_smoothing, ignore_index, backend
 ):
     return get(backend).row_backward(
-        grad_out, row_scale, logits, labels, lse, class_weight, label_smoothing, ignore_index
+        grad_out, row_scale, logits, labels, normaliser, class_weight, label_smoothing, ignore_index
     )
 
 
 def _row_backward_fake(
-    grad_out, row_scale, logits, labels, lse, class_weight, label_smoothing, ignore_index, backend
+    grad_out, row_scale, logits, labels, normaliser, class_weight, label_smoothing, ignore_index, backend
 ):
     return logits.new_empty(logits.shape)
 
 
 row_backward = _register(
-    "row_backward(Tensor grad_out, Tensor? row_scale, Tensor logits, Tensor labels, Tensor lse, "
+    "row_backward(Tensor grad_out, Tensor? row_scale, Tensor logits, Tensor labels, Tensor normaliser, "
     "Tensor? class_weight, float label_smoothing, int ignore_index, str backend) -> Tensor",
     _row_backward,
     _row_backward_fake,
@@ -102,17 +103,17 @@ def _group_outputs_fake(logits, q):
 
 
 def _grouped_forward(logits, labels, groups, q, objective, step_size, adjustment, ignore_index, backend):
-    loss, stats, status, scale, lse = get(backend).grouped_forward(
+    loss, stats, status, scale, normaliser = get(backend).grouped_forward(
         logits, labels, groups, q, objective, step_size, adjustment, ignore_index
     )
     if logits.device.type == "cpu":
         raise_if_bad(status, logits.shape[1], q.numel())
-    return loss, stats, status, scale, lse
+    return loss, stats, status, scale, normaliser
 
 
 def _grouped_forward_fake(logits, labels, groups, q, objective, step_size, adjustment, ignore_index, backend):
     loss, stats, status, scale = _group_outputs_fake(logits, q)
-    return loss, stats, status, scale, torch.empty_like(scale)
+    return loss, stats, status, scale, scale.new_empty((2, logits.shape[0]))
 
 
 grouped_forward = _register(
@@ -178,8 +179,8 @@ def _linear_forward(hidden, weight, bias, labels, ignore_index, stored_rows, blo
 
 
 def _linear_forward_fake(hidden, weight, bias, labels, ignore_index, stored_rows, block_rows, backend):
-    row_loss, lse, outcome = _row_forward_fake(hidden, labels, None, 0.0, ignore_index, backend)
-    return row_loss, lse, outcome, hidden.new_empty((stored_rows, weight.shape[0]))
+    row_loss, normaliser, outcome = _row_forward_fake(hidden, labels, None, 0.0, ignore_index, backend)
+    return row_loss, normaliser, outcome, hidden.new_empty((stored_rows, weight.shape[0]))
 
 
 linear_forward = _register(
@@ -194,7 +195,7 @@ def _linear_backward(
     grad_out,
     row_scale,
     unweighted,
-    lse,
+    normaliser,
     hidden,
     weight,
     bias,
@@ -205,7 +206,7 @@ def _linear_backward(
     backend,
 ):
     return linear.backward(
-        get(backend), grad_out, row_scale, unweighted, lse, hidden, weight, bias, labels, ignore_index,
+        get(backend), grad_out, row_scale, unweighted, normaliser, hidden, weight, bias, labels, ignore_index,
         block_rows, needs,
     )  # fmt: skip
 
@@ -214,7 +215,7 @@ def _linear_backward_fake(
     grad_out,
     row_scale,
     unweighted,
-    lse,
+    normaliser,
     hidden,
     weight,
     bias,
@@ -229,7 +230,7 @@ def _linear_backward_fake(
 
 
 linear_backward = _register(
-    "linear_backward(Tensor grad_out, Tensor row_scale, Tensor unweighted, Tensor lse, Tensor hidden, "
+    "linear_backward(Tensor grad_out, Tensor row_scale, Tensor unweighted, Tensor normaliser, Tensor hidden, "
     "Tensor weight, Tensor? bias, Tensor labels, int ignore_index, SymInt block_rows, bool[3] needs, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _linear_backward,
@@ -279,21 +280,21 @@ class RowsLoss(torch.autograd.Function):
         value: Tensor,  # [] or [N] acc
         row_scale: Tensor | None,  # [N] acc
         labels: Tensor,  # [N]
-        lse: Tensor,  # [N] acc
+        normaliser: Tensor,  # [2, N] acc
         class_weight: Tensor | None,  # [V] acc
         label_smoothing: float,
         ignore_index: int,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(logits, row_scale, labels, lse, class_weight)
+        ctx.save_for_backward(logits, row_scale, labels, normaliser, class_weight)
         ctx.constants = (label_smoothing, ignore_index, backend)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_order()
-        logits, scale, labels, lse, class_weight = ctx.saved_tensors
-        gradient = row_backward(grad_out, scale, logits, labels, lse, class_weight, *ctx.constants)
+        logits, scale, labels, normaliser, class_weight = ctx.saved_tensors
+        gradient = row_backward(grad_out, scale, logits, labels, normaliser, class_weight, *ctx.constants)
         return gradient, None, None, None, None, None, None, None, None
 
 
@@ -309,13 +310,13 @@ class LinearRowsLoss(torch.autograd.Function):
         value: Tensor,  # [] acc
         row_scale: Tensor,  # [N] acc
         unweighted: Tensor,  # [stored_rows, V]: softmax - onehot
-        lse: Tensor,  # [N] acc
+        normaliser: Tensor,  # [2, N] acc
         labels: Tensor,  # [N]
         ignore_index: int,
         block_rows: int,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, row_scale, unweighted, lse, labels)
+        ctx.save_for_backward(hidden, weight, bias, row_scale, unweighted, normaliser, labels)
         ctx.constants = (ignore_index, block_rows)
         ctx.backend = backend
         return value.view_as(value)
@@ -323,10 +324,20 @@ class LinearRowsLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_order()
-        hidden, weight, bias, scale, unweighted, lse, labels = ctx.saved_tensors
+        hidden, weight, bias, scale, unweighted, normaliser, labels = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         gradients = linear_backward(
-            grad_out, scale, unweighted, lse, hidden, weight, bias, labels, *ctx.constants, needs, ctx.backend
+            grad_out,
+            scale,
+            unweighted,
+            normaliser,
+            hidden,
+            weight,
+            bias,
+            labels,
+            *ctx.constants,
+            needs,
+            ctx.backend,
         )
         picked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
         return (*picked, *[None] * 8)

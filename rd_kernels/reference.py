@@ -70,30 +70,39 @@ class ReferenceBackend(Backend):
         maximum = z.amax(dim=1)
         # z - maximum is NaN for a row that is all -inf or holds +inf, as in torch's cross_entropy.
         log_sum = (z - maximum[:, None]).exp().sum(dim=1).log()
-        lse = maximum + log_sum
         z_y = z.gather(1, y[:, None])[:, 0]
-        # Not lse - z_y: a small loss would inherit the rounding of a large lse.
+        # Not (maximum + log_sum) - z_y: a small loss would inherit the rounding of a large maximum.
         row_loss = log_sum + (maximum - z_y)
         if class_weight is not None:
             row_loss = row_loss * class_weight[y]
         if label_smoothing > 0:
             w = z.new_ones(vocabulary) if class_weight is None else class_weight
-            smooth = w.sum() * lse - (z * w).sum(dim=1)
+            smooth = w.sum() * log_sum + ((maximum[:, None] - z) * w).sum(dim=1)
             row_loss = (1 - label_smoothing) * row_loss + label_smoothing / vocabulary * smooth
         outcome = torch.full_like(labels, MISS, dtype=torch.uint8)
         outcome[z_y >= maximum] = HIT
         outcome[ignored] = IGNORED
         outcome[bad] = BAD_LABEL
-        return _fill(row_loss, ignored, bad), _fill(lse, ignored, bad), outcome
+        return _fill(row_loss, ignored, bad), _fill(torch.stack([maximum, log_sum]), ignored, bad), outcome
 
     def row_backward(
-        self, grad_out, row_scale, logits, labels, lse, class_weight, label_smoothing, ignore_index, out=None
+        self,
+        grad_out,
+        row_scale,
+        logits,
+        labels,
+        normaliser,
+        class_weight,
+        label_smoothing,
+        ignore_index,
+        out=None,
     ):
         rows, vocabulary = logits.shape
-        z = logits.to(lse.dtype)
+        z = logits.to(normaliser.dtype)
+        maximum, log_sum = normaliser[:, :, None]
         counted = (labels != ignore_index) & (labels >= 0) & (labels < vocabulary)
         y = torch.where(counted, labels, 0)
-        scale = torch.ones_like(lse) if grad_out is None else grad_out.expand(rows)
+        scale = torch.ones_like(normaliser[0]) if grad_out is None else grad_out.expand(rows)
         if row_scale is not None:
             scale = scale * row_scale
         target = torch.zeros_like(z).scatter_(1, y[:, None], 1 - label_smoothing)
@@ -104,7 +113,9 @@ class ReferenceBackend(Backend):
                 1, y[:, None], (1 - label_smoothing) * class_weight[y][:, None]
             )
             target = hard + label_smoothing / vocabulary * class_weight
-        gradient = scale[:, None] * (target.sum(dim=1, keepdim=True) * (z - lse[:, None]).exp() - target)
+        gradient = scale[:, None] * (
+            target.sum(dim=1, keepdim=True) * ((z - maximum) - log_sum).exp() - target
+        )
         gradient = gradient.masked_fill((~counted | (scale == 0))[:, None], 0).to(logits.dtype)
         return gradient if out is None else out.copy_(gradient)
 

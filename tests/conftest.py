@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
     # Read by triton when it is first imported, so it must stand before any test module.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torch.compile's caches do not see a change of an op's fake implementation.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
 

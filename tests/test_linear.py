@@ -151,9 +151,11 @@ def test_memory_stays_within_the_budget(rows_held):
     backend = get("cpu")
     scale = torch.rand(rows)
     with PeakMemory() as memory:
-        _, lse, _, unweighted = linear.forward(backend, hidden, weight, bias, labels, -100, stored, block)
+        _, normaliser, _, unweighted = linear.forward(
+            backend, hidden, weight, bias, labels, -100, stored, block
+        )
         gradients = linear.backward(
-            backend, torch.tensor(1.0), scale, unweighted, lse, hidden, weight, bias, labels, -100, block,
+            backend, torch.tensor(1.0), scale, unweighted, normaliser, hidden, weight, bias, labels, -100, block,
             [True, True, True],
         )  # fmt: skip
     gradient_bytes = sum(gradient.nbytes for gradient in gradients)

@@ -16,7 +16,7 @@ def arguments(backend):
     mask = torch.rand(5, 3) < 0.5
     weight, q, adjustment = torch.rand(7), torch.tensor([0.2, 0.5, 0.3]), torch.rand(3)
     rows = ops.row_forward(logits, LABELS, weight, 0.1, -100, backend)
-    row_loss, lse, outcome = ops.row_forward(logits, LABELS, None, 0.0, -100, backend)
+    row_loss, normaliser, outcome = ops.row_forward(logits, LABELS, None, 0.0, -100, backend)
     stats, status = ops.group_reduce(row_loss, outcome, groups, 7, 3, backend)
     hidden, decoder, bias = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7)
     linear = ops.linear_forward(hidden, decoder, bias, LABELS, -100, 3, 2, backend)
@@ -24,7 +24,7 @@ def arguments(backend):
         "row_forward": [(logits, LABELS, weight, 0.1, -100), (logits, LABELS, None, 0.0, -100)],
         "row_backward": [
             (torch.randn(5), None, logits, LABELS, rows[1], weight, 0.1, -100),
-            (torch.tensor(2.0), torch.rand(5), logits, LABELS, lse, None, 0.0, -100),
+            (torch.tensor(2.0), torch.rand(5), logits, LABELS, normaliser, None, 0.0, -100),
         ],
         "grouped_forward": [
             (logits, LABELS, groups, q.clone(), "group_dro", 0.1, adjustment, -100),

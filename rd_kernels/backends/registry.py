@@ -57,9 +57,11 @@ class Backend:
         label_smoothing: float,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One read of the logits -> ``row_loss`` [N] acc, ``lse`` [N] acc, ``outcome`` [N] uint8.
+        """One read of the logits -> ``row_loss`` [N] acc, ``normaliser`` [2, N] acc, ``outcome`` [N] uint8.
 
-        Ignored rows: loss 0, lse 0. A label outside [0, V): loss and lse NaN, outcome ``BAD_LABEL``.
+        ``normaliser`` holds each row's largest logit m and log sum_j exp(z_j - m). Their sum, the log-sum-exp,
+        would be rounded to the precision of m, and every probability with it. Ignored rows: loss 0,
+        normaliser 0. A label outside [0, V): loss and normaliser NaN, outcome ``BAD_LABEL``.
         """
         raise NotImplementedError
 
@@ -69,22 +71,25 @@ class Backend:
         row_scale: Tensor | None,  # [N] acc; None: 1
         logits: Tensor,  # [N, V]
         labels: Tensor,  # [N]
-        lse: Tensor,  # [N] acc
+        normaliser: Tensor,  # [2, N] acc, unit stride along N
         class_weight: Tensor | None,  # [V] acc
         label_smoothing: float,
         ignore_index: int,
         out: Tensor | None = None,  # [N, V]; may be ``logits`` itself
     ) -> Tensor:
-        """d(sum_i grad_out_i row_scale_i row_loss_i) / d logits; zeros where the factor is 0 or no label counts."""
+        """d(sum_i grad_out_i row_scale_i row_loss_i) / d logits, with p = exp((z - m) - log_sum).
+
+        Zeros where the factor is 0 or no label counts, whatever the logits.
+        """
         raise NotImplementedError
 
     def softmax_minus_onehot_(
         self, logits: Tensor, labels: Tensor, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``row_forward``, and ``logits`` overwritten by softmax - onehot(label), zeros on rows not counted."""
-        row_loss, lse, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
-        self.row_backward(None, None, logits, labels, lse, None, 0.0, ignore_index, out=logits)
-        return row_loss, lse, outcome
+        row_loss, normaliser, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
+        self.row_backward(None, None, logits, labels, normaliser, None, 0.0, ignore_index, out=logits)
+        return row_loss, normaliser, outcome
 
     def group_reduce(
         self, row_loss: Tensor, outcome: Tensor, groups: Tensor, num_groups: int
@@ -124,12 +129,12 @@ class Backend:
         adjustment: Tensor | None,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Steps 1-3 -> ``loss`` [], ``stats``, ``status``, ``row_scale`` [N], ``lse`` [N]."""
-        row_loss, lse, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
+        """Steps 1-3 -> ``loss`` [], ``stats``, ``status``, ``row_scale`` [N], ``normaliser`` [2, N]."""
+        row_loss, normaliser, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
         loss, stats, status, scale = self.reduce_and_update(
             row_loss, outcome, groups, q, objective, step_size, adjustment
         )
-        return loss, stats, status, scale, lse
+        return loss, stats, status, scale, normaliser
 
     def reduce_and_update(
         self,
