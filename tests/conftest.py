@@ -3,16 +3,16 @@
 import os
 from pathlib import Path
 
+# Read when torch is imported: torch.compile's caches do not see a change of an op's fake implementation.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Read by triton when it is first imported, so it must stand before any test module.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# torch.compile's caches do not see a change of an op's fake implementation.
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-
-import pytest
 
 DATA_DIR = Path(os.environ.get("RD_KERNELS_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
