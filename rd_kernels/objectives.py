@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,22 +54,25 @@ class GroupDRO(Objective):
 
     q_g <- q_g exp(step_size (m_g + adjustment / sqrt(N_g))), normalised; c_g = q_g / n_g, where m_g and n_g
     are the batch's mean loss and row count of group g and N_g its size in the data set. q is updated with
-    detached losses before it weights this batch. A group absent from the batch keeps its q up to
-    normalisation: it loses weight relative to groups that are seen, so choose a batch in which rare groups
-    are usually present. Computed in log space: no step size overflows.
+    detached losses before it weights this batch. Computed in log space: no step size overflows.
 
     Args:
         step_size: finite, >= 0. The reference code's default is 0.01.
         adjustment: C of the size adjustment, finite, >= 0; needs ``group_counts`` unless it is 0.
         group_counts: N_g, one positive number per group.
+        absent_groups: what becomes of the weight of a group that a batch has no rows of. "decay", the
+            published rule: it loses weight whenever the normalisation takes it, so that a rare group ends near
+            0 however large its loss is; meant for sampling that shows every group in every batch. "hold": its q
+            stays as it is, and the groups that are present share the rest by the published proportions.
 
     Raises:
-        ValueError: an argument outside what is said above.
+        ValueError, TypeError: an argument outside what is said above.
     """
 
     step_size: float = 0.01
     adjustment: float = 0.0
     group_counts: Sequence[int] | None = None
+    absent_groups: Literal["decay", "hold"] = "decay"
 
     def __post_init__(self) -> None:
         for name in ("step_size", "adjustment"):
@@ -77,6 +81,8 @@ class GroupDRO(Objective):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
+        if self.absent_groups not in ("decay", "hold"):
+            raise ValueError(f"absent_groups must be 'decay' or 'hold', got {self.absent_groups!r}")
         if self.group_counts is not None:
             # A tuple, whatever was given: the dataclass stays hashable, the caller's list stays theirs.
             counts = tuple(float(count) for count in self.group_counts)
@@ -88,7 +94,7 @@ class GroupDRO(Objective):
 
     @property
     def rule(self) -> str:
-        return "group_dro"
+        return "group_dro" if self.absent_groups == "decay" else "group_dro_hold"
 
     @property
     def rate(self) -> float:

@@ -30,22 +30,29 @@ def erm_update(counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def group_dro_update(
-    sums: Tensor, counts: Tensor, q: Tensor, step_size: float, adjustment: Tensor | None
+    sums: Tensor, counts: Tensor, q: Tensor, step_size: float, adjustment: Tensor | None, hold: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Online exponentiated gradient of Group DRO (Sagawa et al. 2020, Algorithm 1), in log space.
 
     Args: sums, counts [G] loss sum and rows of each group; q [G] weights on the simplex; adjustment [G]
-    or None, added to the mean losses of the groups that are present.
+    or None, added to the mean losses of the groups that are present; hold: what becomes of absent groups.
     Returns: coefficients c [G] = q_g / n_g (0 for an absent group); new q [G]; the groups' weights (new q).
-    A group absent from the batch keeps its q up to normalisation. q is kept where no group is present or a
-    mean loss is not finite, so that one bad batch does not destroy the state.
+    A group absent from the batch keeps its q up to normalisation, or, with ``hold``, keeps it: then the groups
+    present share what they had together. q is kept where no group is present or a mean loss is not finite, so
+    that one bad batch does not destroy the state.
     """
     present = counts > 0
     means = sums / counts.clamp(min=1)
     gain = means if adjustment is None else means + adjustment.to(means.dtype)
     log_q = torch.log(q) + torch.where(present, step_size * gain, torch.zeros_like(gain))
-    updated = torch.softmax(log_q, dim=0)
     usable = present.any() & torch.isfinite(means).all()
+    if hold:
+        shared = torch.where(present, q, torch.zeros_like(q)).sum()
+        usable = usable & (shared > 0)  # a share of nothing has no proportions
+        log_q = log_q.masked_fill(~present, -torch.inf)
+        updated = torch.where(present, shared * torch.softmax(log_q, dim=0), q)
+    else:
+        updated = torch.softmax(log_q, dim=0)
     q = torch.where(usable, updated, q)
     coefficients = torch.where(present, q / counts.clamp(min=1), torch.zeros_like(q))
     return coefficients, q, q
@@ -141,7 +148,8 @@ class ReferenceBackend(Backend):
         if objective == "erm":
             coefficients, new_q, weights = erm_update(counts, state)
         else:
-            coefficients, new_q, weights = group_dro_update(sums, counts, state, step_size, adjustment)
+            hold = objective == "group_dro_hold"
+            coefficients, new_q, weights = group_dro_update(sums, counts, state, step_size, adjustment, hold)
         valid = (status == 0).all()
         coefficients = torch.where(valid, coefficients, torch.zeros_like(coefficients))
         stats[3, :num_groups] = torch.where(valid, weights, torch.zeros_like(weights))

@@ -28,6 +28,7 @@ class PublishedGroupDRO:
     adjustment: float = 0.0
     group_counts: list[int] | None = None
     probabilities: list[float] = field(default_factory=list)
+    hold_absent: bool = False  # not published: only the groups present are normalised, to what they had
 
     def __post_init__(self) -> None:
         if not self.probabilities:
@@ -40,6 +41,9 @@ class PublishedGroupDRO:
             for group in groups:
                 means[group] += loss
                 counts[group] += 1
+        target = 1.0
+        if self.hold_absent:
+            target = sum(p for p, n in zip(self.probabilities, counts, strict=True) if n)
         for group in range(self.num_groups):
             if counts[group]:
                 means[group] /= counts[group]
@@ -48,8 +52,10 @@ class PublishedGroupDRO:
                     assert self.group_counts is not None
                     bonus = self.adjustment / math.sqrt(self.group_counts[group])
                 self.probabilities[group] *= math.exp(self.step_size * (means[group] + bonus))
-        total = sum(self.probabilities)
-        self.probabilities = [p / total for p in self.probabilities]
+        normalised = [g for g in range(self.num_groups) if counts[g] or not self.hold_absent]
+        total = sum(self.probabilities[g] for g in normalised)
+        for group in normalised:
+            self.probabilities[group] *= target / total
         return sum(p * m for p, m, n in zip(self.probabilities, means, counts, strict=True) if n)
 
 

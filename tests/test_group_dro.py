@@ -13,13 +13,14 @@ import rd_kernels as rd
 from tests.oracles import PublishedGroupDRO, members_of, row_losses
 
 
+@pytest.mark.parametrize("absent_groups", ["decay", "hold"])
 @pytest.mark.parametrize("adjustment", [0.0, 2.0])
-def test_published_update_over_many_steps(backend, adjustment):
+def test_published_update_over_many_steps(backend, adjustment, absent_groups):
     """q follows the published rule for 30 steps, with groups that come and go."""
     counts = [400, 100, 25, 9]
-    objective = rd.GroupDRO(0.05, adjustment, counts if adjustment else None)
+    objective = rd.GroupDRO(0.05, adjustment, counts if adjustment else None, absent_groups)
     loss_fn = rd.GroupDROLoss(4, objective, backend=backend)
-    oracle = PublishedGroupDRO(4, 0.05, adjustment, counts)
+    oracle = PublishedGroupDRO(4, 0.05, adjustment, counts, hold_absent=absent_groups == "hold")
     for _ in range(30):
         logits, labels = 2 * torch.randn(12, 9), torch.randint(9, (12,))
         labels[torch.rand(12) < 0.2] = -100
@@ -29,6 +30,20 @@ def test_published_update_over_many_steps(backend, adjustment):
         expected = oracle.step(row_losses(logits, labels)[rows], members_of(groups, rows))
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         assert loss_fn.group_weights.tolist() == pytest.approx(oracle.probabilities, rel=1e-5)
+
+
+def test_absent_groups_decay_or_hold(backend):
+    """The published rule takes weight from a group it never sees; "hold" leaves it bit for bit."""
+    logits, labels, groups = torch.randn(8, 5), torch.arange(8) % 5, torch.tensor([0, 1] * 4)
+    for absent_groups in ("decay", "hold"):
+        loss_fn = rd.GroupDROLoss(3, rd.GroupDRO(0.5, absent_groups=absent_groups), backend=backend)
+        for _ in range(5):
+            loss_fn(logits, labels, groups)
+        if absent_groups == "decay":
+            assert loss_fn.group_weights[2] < 0.1
+        else:
+            assert loss_fn.group_weights[2] == torch.tensor(1 / 3)
+        assert loss_fn.group_weights.sum().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_erm_is_the_mean():

@@ -107,7 +107,7 @@ class Backend:
         stats: Tensor,  # [4, G+2] acc, its row 3 is written
         status: Tensor,  # [2] int64
         q: Tensor,  # [G] float32, updated in place
-        objective: str,  # "erm" or "group_dro"
+        objective: str,  # "erm", "group_dro" or "group_dro_hold"
         step_size: float,
         adjustment: Tensor | None,  # [G] float32
     ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,65 @@
+// What every kernel and the bindings share. Letters: N rows, V vocabulary, G groups.
+//
+// Included by units that are compiled for one instruction set, so it must define no function: the linker
+// would keep a single copy of an inline one, possibly made of instructions the machine lacks.
+#pragma once
+
+#include <cstdint>
+
+namespace rd {
+
+enum class DType { kFloat32, kBFloat16 };
+
+// What became of a row in the row pass. The numbers are known to the Python side.
+enum Outcome : uint8_t { kMiss = 0, kHit = 1, kIgnored = 2, kBadLabel = 3 };
+
+// Logits [N, V] with unit stride along V, any row stride (0: one row expanded), and their labels [N].
+struct Rows {
+  void* logits;
+  DType dtype;
+  int64_t count;       // N
+  int64_t vocabulary;  // V
+  int64_t stride;      // elements from one row to the next
+  const int64_t* labels;
+  int64_t ignore_index;
+};
+
+// The target distribution of a row with label y: (1 - smoothing) w_y onehot(y) + smoothing / V * w.
+struct Target {
+  const float* class_weight;  // w [V]; null: ones
+  double class_weight_sum;    // W = sum_j w_j
+  double smoothing;
+};
+
+// A row's largest logit m and log sum_j exp(z_j - m), each [N]. Their sum, the log-sum-exp, would be rounded
+// to the precision of m, and every probability with it.
+struct Normaliser {
+  float* maximum;
+  float* log_sum;
+};
+
+// Results of the row pass, each [N].
+struct RowResults {
+  float* loss;
+  Normaliser normaliser;
+  uint8_t* outcome;
+};
+
+// What the backward pass needs besides the rows. A null factor counts as 1.
+struct RowGradient {
+  const float* grad_out;  // [N] with grad_out_stride, 0 for a scalar
+  int64_t grad_out_stride;
+  const float* row_scale;  // [N]
+  Normaliser normaliser;
+  void* out;  // [N, V] in the logits' dtype; may be the logits
+  int64_t out_stride;
+};
+
+// Groups of the rows: ids [N] (-1: in no group) or a mask [N, G]; the other is null.
+struct Groups {
+  const int64_t* ids;
+  const bool* mask;
+  int64_t count;  // G
+};
+
+}  // namespace rd

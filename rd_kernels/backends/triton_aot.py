@@ -1,0 +1,305 @@
+"""Compiles every Triton kernel without a GPU and reports what the machine code costs.
+
+``python -m rd_kernels.backends.triton_aot`` prints a table: registers, spills, shared memory, and how wide the
+row kernels' loads and stores are in the loop over the vocabulary. It exits with 1 if any kernel spills or keeps
+a stack frame. The variants are the ones the launchers would start: they are recorded from
+:class:`TritonBackend` itself, run on tensors without data. Letters: N rows, V vocabulary, G groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rd_kernels.backends.triton_backend import COMPILER_OPTIONS, TritonBackend
+
+__all__ = ["DTYPES", "TARGETS", "Cost", "Variant", "measure", "variants"]
+
+# name -> Triton's backend, architecture, threads in a warp
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_POINTERS = {
+    **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+_OPTIONAL = ("grad_out", "row_scale", "class_weight", "smoothing", "adjustment")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel, as Triton's just-in-time compiler would make it."""
+
+    kernel: str
+    types: tuple[tuple[str, str], ...]  # argument -> type; "constexpr" for what is known at compile time
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]  # arguments known to be multiples of 16
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        words: list[str] = []
+        if self.has_rows:
+            words.append(f"{dict(self.types)['logits'][1:]} V{'%16=0' if 'V' in self.divisible else ''}")
+        words += [name for name, kind in self.types if name in _OPTIONAL and kind != "constexpr"]
+        words += [f"{name}={value}" for name, value in self.constants if value is not None]
+        return f"{self.kernel}({', '.join(words)})"
+
+    @property
+    def has_rows(self) -> bool:
+        return "logits" in dict(self.types)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the machine code of a variant takes.
+
+    ``spills``, ``stack``: local memory, bytes per thread (AMD's spills: registers). ``loads``, ``stores``:
+    width in bits -> how many in the loop over a row; empty for kernels without that loop.
+    """
+
+    variant: str
+    target: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+class _Recorder(TritonBackend):
+    """Notes the kernels that the launchers would start for "cuda" or "hip"."""
+
+    def __init__(self, architecture: str):
+        if self._kernels.INTERPRETED.value:
+            raise RuntimeError("TRITON_INTERPRET is set: unset it before Python starts, to compile kernels")
+        self._architecture = architecture
+        self.recorded: dict[Variant, None] = {}  # in order, each once
+
+    def _launch(self, kernel, grid, tensors, scalars, **options):
+        function = getattr(self._kernels, kernel)
+        names = {parameter.name for parameter in function.params}
+        types: dict[str, str] = {}
+        constants: dict[str, Any] = {name: value for name, value in options.items() if name in names}
+        divisible = []
+        for parameter, value in zip(function.params, (*tensors, *scalars), strict=False):
+            if isinstance(value, Tensor):
+                types[parameter.name] = _POINTERS[value.dtype]
+                divisible.append(parameter.name)  # torch allocates at multiples of more than 16 bytes
+            elif value is None or (value == 1 and isinstance(value, int) and not parameter.do_not_specialize):
+                constants[parameter.name] = value
+            elif isinstance(value, float):
+                types[parameter.name] = "fp32"
+            else:
+                types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if value % 16 == 0 and not parameter.do_not_specialize:
+                    divisible.append(parameter.name)
+        types.update(dict.fromkeys(constants, "constexpr"))
+        variant = Variant(
+            kernel,
+            tuple((name, types[name]) for name in function.arg_names),
+            tuple(sorted(constants.items())),
+            tuple(divisible),
+            tuple((name, value) for name, value in options.items() if name not in names),
+        )
+        self.recorded[variant] = None
+
+
+def variants(target: str, dtypes: Iterable[str], thorough: bool) -> list[Variant]:
+    """What the launchers start on ``target``. ``thorough``: every combination of optional arguments.
+
+    Raises RuntimeError under TRITON_INTERPRET, where there is nothing to compile.
+    """
+    recorder = _Recorder(TARGETS[target][0])
+    with torch.device("meta"):
+        for name in dtypes:
+            _exercise_rows(recorder, DTYPES[name], thorough)
+        _exercise_groups(recorder)
+    return list(recorder.recorded)
+
+
+def _exercise_rows(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
+    rows = 2458
+    acc = torch.empty(rows)
+    labels = torch.empty(rows, dtype=torch.int64)
+    # BERT's vocabulary has rows that are only 4-byte aligned in a 2-byte dtype; 30528 is its padded form.
+    for vocabulary in (1, 1000, 30522, 30528) if thorough else (30522, 30528):
+        logits = torch.empty(rows, vocabulary, dtype=dtype)
+        weight = torch.empty(vocabulary)
+        plain, full = (None, 0.0), (weight, 0.1)
+        for class_weight, smoothing in (
+            (plain, full, (None, 0.1), (weight, 0.0)) if thorough else (plain, full)
+        ):
+            backend.row_forward(logits, labels, class_weight, smoothing, -100)
+            factors = ((acc, acc), (acc, None), (None, acc), (None, None)) if thorough else ((acc, acc),)
+            for grad_out, scale in factors:
+                backend.row_backward(
+                    grad_out, scale, logits, labels, acc, class_weight, smoothing, -100, out=logits
+                )
+
+
+def _exercise_groups(backend: TritonBackend) -> None:
+    rows = 2458
+    acc = torch.empty(rows)
+    outcome = torch.empty(rows, dtype=torch.uint8)
+    for count in (3, 100, 4096):
+        q, stats = torch.empty(count), torch.empty(4, count + 2)
+        status = torch.empty(2, dtype=torch.int64)
+        for groups in (torch.empty(rows, dtype=torch.int64), torch.empty(rows, count, dtype=torch.bool)):
+            backend.group_reduce(acc, outcome, groups, count)
+            backend.row_scale(q, outcome, groups)
+        for objective, adjustment in (("erm", None), ("group_dro", None), ("group_dro", q), ("group_dro_hold", q)):
+            backend.group_update(stats, status, q, objective, 0.01, adjustment)
+
+
+def measure(variant: Variant, target: str) -> Cost:
+    """Compile ``variant`` for ``target`` and read the costs off the machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rd_kernels.backends import triton_kernels
+
+    function = getattr(triton_kernels, variant.kernel)
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
+    source = ASTSource(function, dict(variant.types), dict(variant.constants), attributes)
+    options = {**dict(variant.options), **COMPILER_OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    read = _amd_cost if TARGETS[target][0] == "hip" else _nvidia_cost
+    return Cost(str(variant), target, shared=compiled.metadata.shared, **read(compiled.asm, variant.has_rows))
+
+
+def _nvidia_cost(code: Any, with_loop: bool) -> dict[str, Any]:
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(code["cubin"])
+        # Disassembling takes longer than compiling.
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", *["-sass"] * with_loop, cubin]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    counts = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", dump)
+    places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
+    jumps = [
+        (place, places[int(found[1], 16)])
+        for place, (_, text) in enumerate(lines)
+        if (found := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) and int(found[1], 16) in places
+    ]
+    return {
+        "registers": counts["REG"],
+        "spills": counts["LOCAL"],
+        "stack": counts["STACK"],
+        **_loop_accesses([text for _, text in lines], jumps, _nvidia_width),
+    }
+
+
+def _nvidia_width(instruction: str) -> tuple[str, int] | None:
+    found = re.search(r"\b(LDG|STG)\.E\S*", instruction)
+    if found is None:
+        return None
+    width = re.search(r"\.[US]?(8|16|64|128|256)\b", found[0])
+    return ("loads" if found[1] == "LDG" else "stores"), int(width[1]) if width else 32
+
+
+def _amd_cost(code: Any, with_loop: bool) -> dict[str, Any]:
+    counts = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)", code["amdgcn"])}
+    lines = code["amdgcn"].splitlines() if with_loop else []
+    places = {line.split(":")[0]: place for place, line in enumerate(lines) if line.startswith(".LBB")}
+    jumps = [
+        (place, places[found[1]])
+        for place, line in enumerate(lines)
+        if (found := re.search(r"\bs_c?branch\S*\s+(\.LBB\w+)", line))
+    ]
+    return {
+        "registers": counts["vgpr_count"],
+        "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
+        "stack": counts["private_segment_fixed_size"],
+        **_loop_accesses(lines, jumps, _amd_width),
+    }
+
+
+def _amd_width(instruction: str) -> tuple[str, int] | None:
+    found = re.search(
+        r"\b(?:global|buffer|flat)_(load|store)_(?:[us]?(byte|short)|dword(?:x(\d))?)", instruction
+    )
+    if found is None:
+        return None
+    width = {"byte": 8, "short": 16}.get(found[2]) or 32 * int(found[3] or 1)
+    return found[1] + "s", width
+
+
+def _loop_accesses(
+    lines: list[str], jumps: list[tuple[int, int]], width_of: Any
+) -> dict[str, dict[int, int]]:
+    """Global accesses of the lines that a backward jump encloses: "loads" and "stores", width -> count."""
+    inside = {place for source, to in jumps if to < source for place in range(to, source + 1)}
+    counts = {"loads": collections.Counter[int](), "stores": collections.Counter[int]()}
+    for place in inside:
+        if (access := width_of(lines[place])) is not None:
+            counts[access[0]][access[1]] += 1
+    return {kind: dict(sorted(widths.items())) for kind, widths in counts.items()}
+
+
+def _line(*cells: object) -> str:
+    target, registers, spills, stack, shared, loads, stores, variant = map(str, cells)
+    numbers = "".join(f"{number:>10}" for number in (registers, spills, stack, shared))
+    return f"{target:<7}{numbers}{loads:>20}{stores:>14}  {variant}"
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return "+".join(f"{count}x{width}" for width, count in counts.items()) or "-"
+
+
+def _table(costs: Iterable[Cost]) -> Iterator[str]:
+    yield _line("target", "registers", "spills", "stack", "shared", "loads", "stores", "variant")
+    for cost in costs:
+        accesses = (_widths(cost.loads), _widths(cost.stores))
+        yield _line(
+            cost.target, cost.registers, cost.spills, cost.stack, cost.shared, *accesses, cost.variant
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rd_kernels.backends.triton_aot", description=__doc__)
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="ARCH")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="of the logits")
+    parser.add_argument("--thorough", action="store_true", help="every combination of optional arguments")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the costs here")
+    options = parser.parse_args(arguments)
+    costs = []
+
+    def measured() -> Iterator[Cost]:
+        for target in options.target:
+            for variant in variants(target, options.dtype, options.thorough):
+                costs.append(measure(variant, target))
+                yield costs[-1]
+
+    for line in _table(measured()):
+        print(line, flush=True)
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(cost) for cost in costs], indent=1) + "\n")
+    return int(any(cost.spills or cost.stack for cost in costs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
