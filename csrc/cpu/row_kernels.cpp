@@ -37,10 +37,6 @@ constexpr float kNaN = __builtin_nanf("");
 // numbers and libmvec stays on its fast path, -inf included.
 constexpr float kSmallestExponent = -87.0f;
 
-// A float32 sum loses what is added to it in small pieces; this many pieces, spread over vector lanes, are
-// few.
-constexpr int64_t kSummands = 256;
-
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct BFloat16 {
@@ -97,33 +93,37 @@ float maximum(const float* z, int64_t count, float start) {
   return largest;
 }
 
-// sum_j term(j): in float32 over kSummands at a time, whose totals are added up in double.
-template <class Term>
-double sum_of(int64_t count, Term term) {
-  double total = 0.0;
-  for (int64_t start = 0; start < count; start += kSummands) {
-    const int64_t end = smaller(start + kSummands, count);
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = start; j < end; ++j) sum += term(j);
-    total += sum;
-  }
-  return total;
-}
-
+// Sums are kept in double: float32 would lose small terms beside the 1 of the largest logit, and so the whole
+// loss of a row that is nearly certain.
 double sum_of_exponentials(const float* z, int64_t count, float shift) {
-  return sum_of(count, [=](int64_t j) { return exp_nonpositive(z[j] - shift); });
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) sum += exp_nonpositive(z[j] - shift);
+  return sum;
 }
 
 // The same, and z replaced by the exponentials.
 double exponentiate(float* z, int64_t count, float shift) {
-  return sum_of(count, [=](int64_t j) { return z[j] = exp_nonpositive(z[j] - shift); });
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) {
+    z[j] = exp_nonpositive(z[j] - shift);
+    sum += z[j];
+  }
+  return sum;
 }
 
 // sum_j w_j (origin - z_j); w null: ones.
 double weighted_sum(const float* z, const float* w, int64_t count, float origin) {
-  if (w == nullptr) return sum_of(count, [=](int64_t j) { return origin - z[j]; });
-  return sum_of(count, [=](int64_t j) { return w[j] * (origin - z[j]); });
+  double sum = 0.0;
+  if (w == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) sum += origin - z[j];
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) sum += w[j] * (origin - z[j]);
+  }
+  return sum;
 }
 
 template <class Element>

@@ -42,7 +42,7 @@ _LONG_ROW = {
     "cuda": RowConfig(block=4096, warps=8),
     "hip": RowConfig(block=2048, warps=4),  # a warp has 64 threads there
 }
-_SHORT_ROW = RowConfig(block=1024, warps=4)
+_SHORT_ROW = RowConfig(block=1024, warps=2)
 
 # Columns -> rows of a tile in the group kernels. Few groups are the rule: they get tall tiles.
 _GROUP_TILES = {16: 128, 64: 32}

@@ -1,0 +1,5 @@
+"""``python -m robustdebias`` is the same as ``robustdebias``."""
+
+from robustdebias.cli import app
+
+app()

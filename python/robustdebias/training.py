@@ -1,0 +1,275 @@
+"""The fine-tuning loop: one run, and going on after an interruption to the same numbers.
+
+A step is a pure function of its number and the state in the checkpoint: data order, masks and dropout draw
+from seeds derived from (seed, step or epoch), never from a generator that an evaluation or a kill could move.
+So a resumed run ends in the same bits as an uninterrupted one (same machine, same number of threads).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import rd_kernels as rd
+from robustdebias.checkpoint import RunDirectory
+from robustdebias.collate import Encoded, MLMCollator, encode
+from robustdebias.config import TrainConfig
+from robustdebias.corpus import OTHER, Example
+from robustdebias.groups import GroupAnnotator, group_mask
+from robustdebias.interrupts import Interrupted, stop_signals
+from robustdebias.losses import build_loss
+from robustdebias.modeling import check_length, fingerprint, has_adapter, masked_lm_inputs
+from robustdebias.sampling import BatchStream, derived_seed
+
+__all__ = ["train"]
+
+
+def train(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    train_examples: Sequence[Example],
+    group_names: Sequence[str],
+    out_dir: str | Path,
+    *,
+    annotator: GroupAnnotator | None = None,
+    evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    notes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fine-tune ``model`` in place and save it to ``out_dir/model``.
+
+    Args:
+        train_examples: with their groups, all of which stand in ``group_names``.
+        annotator: finds the tokens that name a group; needed for token-level groups.
+        evaluate: called in eval mode every ``eval_every`` steps; what it returns is recorded.
+        resume: go on with the interrupted run in ``out_dir``; a finished one is read, not repeated.
+        overwrite: replace the run in ``out_dir``.
+        notes: kept in ``config.json``; a resumed run must have the same (the model's name, the corpus).
+
+    Returns: ``config``; ``history``, one record a step (loss, group_loss of the
+    groups present, group_weight, ...); ``train_seconds`` spent in steps; ``tokens_per_second``.
+
+    Raises:
+        ValueError: no examples, a group without any, a directory that is not free; before anything is written.
+        Interrupted: after SIGINT or SIGTERM, when the state has been saved.
+        RuntimeError: the loss is not finite.
+    """
+    token_level = config.group_level == "token"
+    if token_level and annotator is None:
+        raise ValueError("group_level: 'token' needs lexicons; ready-made labels belong to whole texts")
+    check_length(model, config.max_length)
+    membership = _membership(train_examples, group_names, everywhere=OTHER if token_level else None)
+    encoded = encode(train_examples, tokenizer, config.max_length, annotator if token_level else None)
+    counts = membership.sum(0).tolist()
+    stream = BatchStream(membership, config.batch_size, config.seed)
+    config = config.resolved(stream.batches_per_epoch)
+    total = config.max_steps or 0
+    loss_fn = build_loss(
+        config.objective, group_names, counts, step_size=config.step_size or 0.0, adjustment=config.adjustment,
+        absent_groups=config.absent_groups, linear=has_adapter(model), backend=config.backend,
+    ).to(model.device)  # fmt: skip
+    optimizer = _optimizer(model, config)
+    collator = MLMCollator(
+        tokenizer, list(group_names), mask_probability=config.mask_probability, whole_word=config.whole_word,
+        group_level="token" if token_level else "sequence", seed=config.seed,
+    )  # fmt: skip
+
+    run = RunDirectory(out_dir)
+    settings = {
+        "train": asdict(config),
+        "data": {"texts": len(encoded), "groups": dict(zip(group_names, counts, strict=True)),
+                 "fingerprint": _fingerprint(encoded)},
+        "start": fingerprint(model), **(notes or {}),
+    }  # fmt: skip
+    run.claim(settings, resume=resume, overwrite=overwrite)
+    if resume and (finished := run.read_result()) is not None:
+        return finished
+
+    done, seconds, tokens = 0, 0.0, 0
+    if resume and (state := run.load_checkpoint()) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        loss_fn.load_state_dict(state["loss"])
+        done, seconds, tokens = state["step"], state["seconds"], state["tokens"]
+    history = run.rewind_history(done)
+
+    def save() -> None:
+        run.save_checkpoint({
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "loss": loss_fn.state_dict(),
+            "step": step, "seconds": seconds, "tokens": tokens,
+        })  # fmt: skip
+
+    devices = [model.device] if model.device.type == "cuda" else []
+    with stop_signals() as received, torch.random.fork_rng(devices), _progress(done, total, config) as bar:
+        for step in range(done + 1, total + 1):
+            started = time.perf_counter()
+            numbers = range((step - 1) * config.accumulate, step * config.accumulate)
+            batches = [_batch(stream, collator, encoded, number, model.device) for number in numbers]
+            record = _train_step(step, total, batches, model, loss_fn, optimizer, config)
+            seconds += time.perf_counter() - started
+            tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+            if evaluate is not None and config.eval_every and step % config.eval_every == 0:
+                model.eval()
+                record["evaluation"] = evaluate(model)
+            run.append_history(record)
+            history.append(record)
+            _show(bar, record)
+            if received:
+                save()
+                raise Interrupted(received[0], step, run.path)
+            if config.save_every and step % config.save_every == 0 and step < total:
+                save()
+
+    model.eval()
+    run.save_model(model, tokenizer)
+    result = {
+        "config": settings,
+        "history": history,
+        "train_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    run.write_result(result)
+    return result
+
+
+def _train_step(
+    step: int,
+    total: int,
+    batches: list[dict[str, Tensor]],
+    model: Any,
+    loss_fn: Any,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """One optimizer step over ``accumulate`` batches; returns its record for the history."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * _schedule(step, total, config.warmup)
+    model.train()
+    torch.manual_seed(derived_seed(config.seed, "dropout", step))
+    objective, reports = 0.0, []
+    for batch in batches:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
+            loss = loss_fn(masked_lm_inputs(model, batch)) / len(batches)
+        loss.backward()
+        objective += loss.item()
+        reports.append(loss_fn.report())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    if not math.isfinite(objective) or not math.isfinite(norm):
+        raise RuntimeError(
+            f"step {step}: the loss is {objective}, the gradient's norm {norm}; "
+            "the run was stopped before it spoilt the weights (a lower lr may help)"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    means = _means(reports)
+    return {
+        "step": step,
+        "loss": means.pop(None, (0.0, 0))[0],
+        "objective": objective,
+        "group_loss": {name: loss for name, (loss, _) in means.items()},
+        "group_count": {name: count for name, (_, count) in means.items()},
+        "group_weight": {name: stats.weight for name, stats in reports[-1].by_group.items()},
+        "grad_norm": norm,
+        "lr": optimizer.param_groups[0]["lr"],
+    }
+
+
+def _means(reports: Sequence[rd.GroupReport]) -> dict[str | None, tuple[float, int]]:
+    """Mean loss and count over all batches of a step, of the groups present and, under None, of all rows."""
+    rows: dict[str | None, list[tuple[float, int]]] = {}
+    for report in reports:
+        for name, stats in [(None, report.overall), *report.by_group.items()]:
+            if stats.count:
+                rows.setdefault(name, []).append((stats.loss * stats.count, stats.count))
+    counts = {name: sum(count for _, count in parts) for name, parts in rows.items()}
+    return {
+        name: (sum(loss for loss, _ in parts) / counts[name], counts[name]) for name, parts in rows.items()
+    }
+
+
+def _schedule(step: int, total: int, warmup: float) -> float:
+    """Share of the learning rate in step 1..total: up over the first ``warmup`` of them, then down to 0."""
+    rising = warmup * total
+    return min(step / rising if rising else 1.0, (total - step + 1) / max(total - rising, 1.0), 1.0)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.dim() >= 2]  # neither biases nor LayerNorms
+    plain = [parameter for parameter in trained if parameter.dim() < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
+
+
+def _membership(examples: Sequence[Example], group_names: Sequence[str], everywhere: str | None) -> Tensor:
+    """[N, G] bool; ``everywhere`` names a group that every text has tokens in.
+
+    Raises ValueError for no examples, an example without groups, a group without examples.
+    """
+    if not examples:
+        raise ValueError("train_examples: there are none")
+    if any(not example.groups for example in examples):
+        raise ValueError("train_examples: every text needs its groups; annotate them first")
+    membership = group_mask([example.groups or () for example in examples], group_names)
+    if everywhere is not None and everywhere in group_names:
+        membership[:, list(group_names).index(everywhere)] = True
+    empty = [
+        name for name, present in zip(group_names, membership.any(0).tolist(), strict=True) if not present
+    ]
+    if empty:
+        raise ValueError(f"group_names: no training text is in {', '.join(empty)}")
+    return membership
+
+
+def _fingerprint(encoded: Sequence[Encoded]) -> str:
+    """Tells whether a resumed run has the text, tokenizer and groups that it was started with."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sequence in encoded:
+        digest.update(sequence.input_ids.tobytes())
+        digest.update(repr((sequence.groups, sequence.mentions)).encode())
+    return digest.hexdigest()
+
+
+def _batch(
+    stream: BatchStream, collator: MLMCollator, encoded: Sequence[Encoded], number: int, device: torch.device
+) -> dict[str, Tensor]:
+    epoch, indices = stream.batch(number)
+    tensors = collator([encoded[index] for index in indices], epoch)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _progress(done: int, total: int, config: TrainConfig) -> Any:
+    # Where nobody watches, a line now and then is enough.
+    interval = 0.2 if sys.stderr.isatty() else 20.0
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=config.objective,
+        unit="step",
+        mininterval=interval,
+        maxinterval=2 * interval,
+    )
+
+
+def _show(bar: Any, record: dict[str, Any]) -> None:
+    postfix = {"loss": f"{record['loss']:.3f}"}
+    if record["group_loss"]:
+        worst = max(record["group_loss"], key=record["group_loss"].__getitem__)
+        postfix["worst"] = f"{worst} {record['group_loss'][worst]:.3f}"
+    bar.set_postfix(postfix, refresh=False)
+    bar.update()

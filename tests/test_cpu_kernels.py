@@ -1,0 +1,331 @@
+"""The native row kernels against float64 references, for every instruction set that this machine runs.
+
+An error may be at most that of eager PyTorch at the same dtype plus ``EPSILON`` relative to the largest value.
+Memory that the launcher allocates is poisoned with NaN (``poisoned``), so an element not written shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rd_kernels.backends.cpu import CPUBackend
+from rd_kernels.backends.registry import BAD_LABEL, HIT, IGNORED, MISS
+
+backend = CPUBackend()
+
+# Of the largest value: three units in the last place of the exponential; half a rounding step of bfloat16.
+EPSILON = {torch.float32: 3 * 2**-23, torch.bfloat16: 2**-8}
+DTYPES = [torch.float32, torch.bfloat16]
+VOCABULARIES = [1, 2, 127, 1000, 30522]
+ROWS = [0, 1, 3, 17]
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    reason = backend.missing()
+    assert reason is None, reason
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    if request.param not in backend._native.usable_isas():
+        pytest.skip(f"this machine does not run {request.param} kernels")
+    before = backend._native.isa()
+    backend._native.set_isa(request.param)
+    yield request.param
+    backend._native.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """Calls torch.set_num_threads and restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def cross_entropy(logits, labels, weight=None, smoothing=0.0):
+    weight = None if weight is None else weight.to(logits.dtype)
+    return F.cross_entropy(logits, labels, weight, label_smoothing=smoothing, reduction="none")
+
+
+def loss_and_gradient(logits, labels, scale, weight=None, smoothing=0.0):
+    """torch's own loss [N], and the gradient of its sum weighted by ``scale`` [N], in the dtype of the logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    losses = cross_entropy(leaf, labels, weight, smoothing)
+    (gradient,) = torch.autograd.grad(losses, leaf, scale.to(losses.dtype))
+    return losses.detach(), gradient
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).abs().max()) if exact.numel() else 0.0
+
+
+def assert_no_worse(value, eager, exact, epsilon, case):
+    assert not value.isnan().any(), case
+    largest = float(exact.abs().max()) if exact.numel() else 0.0
+    assert error(value, exact) <= error(eager, exact) + epsilon * largest, case
+
+
+@pytest.mark.parametrize("kind", ["plain", "weights", "smoothing", "weights and smoothing"])
+def test_rows(poisoned, isa, kind):
+    shapes = [*itertools.product(VOCABULARIES, ROWS), (128256, 1)]
+    for (vocabulary, rows), dtype in itertools.product(shapes, DTYPES):
+        case = f"V={vocabulary}, N={rows}, {dtype}"
+        logits = (torch.randn(rows, vocabulary) * 4 + 20 * torch.randn(rows, 1)).to(dtype)
+        labels = torch.randint(vocabulary, (rows,))
+        weight = torch.rand(vocabulary) + 0.1 if "weights" in kind else None
+        smoothing = 0.1 if "smoothing" in kind else 0.0
+        scale = torch.randn(rows)
+        exact, exact_gradient = loss_and_gradient(logits.double(), labels, scale.double(), weight, smoothing)
+        eager, eager_gradient = loss_and_gradient(logits, labels, scale, weight, smoothing)
+
+        loss, normaliser, outcome = backend.row_forward(logits, labels, weight, smoothing, -100)
+        assert_no_worse(loss, eager, exact, EPSILON[torch.float32], case)
+        maximum, lse = logits.double().amax(1), logits.double().logsumexp(1)
+        assert torch.equal(normaliser[0].double(), maximum), case
+        assert error(normaliser[1], lse - maximum) <= 1e-6, case
+        assert torch.equal(outcome == HIT, logits.double().gather(1, labels[:, None])[:, 0] == maximum), case
+        gradient = backend.row_backward(None, scale, logits, labels, normaliser, weight, smoothing, -100)
+        assert gradient.dtype == dtype
+        assert_no_worse(gradient, eager_gradient, exact_gradient, EPSILON[dtype], case)
+
+
+def test_softmax_minus_onehot(poisoned, isa):
+    for vocabulary, rows, dtype in itertools.product(VOCABULARIES, ROWS, DTYPES):
+        case = f"V={vocabulary}, N={rows}, {dtype}"
+        logits = (torch.randn(rows, vocabulary) * 4).to(dtype)
+        labels = torch.randint(vocabulary, (rows,))
+        ones = torch.ones(rows)
+        exact, exact_gradient = loss_and_gradient(logits.double(), labels, ones.double())
+        _, eager_gradient = loss_and_gradient(logits, labels, ones)
+        separate = backend.row_forward(logits, labels, None, 0.0, -100)
+        overwritten = logits.clone()
+        fused = backend.softmax_minus_onehot_(overwritten, labels, -100)
+        assert_no_worse(overwritten, eager_gradient, exact_gradient, EPSILON[dtype], case)
+        assert_no_worse(fused[0], separate[0], exact, EPSILON[torch.float32], case)
+        assert torch.equal(fused[1][0], separate[1][0]), case
+        torch.testing.assert_close(fused[1][1], separate[1][1], rtol=1e-6, atol=1e-6)
+        assert torch.equal(fused[2], separate[2]), case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_do_not_count(poisoned, isa, dtype):
+    """Ignored rows, labels out of range, and factors of 0: zeros, whatever the logits and factors hold."""
+    logits = torch.randn(7, 300).to(dtype)
+    logits[1], logits[4] = torch.nan, torch.inf
+    labels = torch.tensor([5, -100, 300, -1, 7, 299, -(2**62)])
+    scale = torch.tensor([1.0, torch.nan, torch.nan, 2.0, 0.0, 1.0, 1.0])
+    loss, normaliser, outcome = backend.row_forward(logits, labels, None, 0.0, -100)
+    bad = [2, 3, 6]
+    assert (outcome[bad] == BAD_LABEL).all()
+    assert outcome[1] == IGNORED
+    assert loss[bad].isnan().all()
+    assert normaliser[:, bad].isnan().all()
+    assert loss[1] == 0
+    assert torch.equal(normaliser[:, 1], torch.zeros(2))
+    gradient = backend.row_backward(None, scale, logits, labels, normaliser, None, 0.0, -100)
+    assert not gradient[[1, 2, 3, 4, 6]].any()
+    assert gradient[[0, 5]].any(1).all()
+    overwritten = logits.clone()
+    fused = backend.softmax_minus_onehot_(overwritten, labels, -100)
+    assert not overwritten[[1, 2, 3, 6]].any()
+    assert torch.equal(fused[2], outcome)
+    assert fused[0][bad].isnan().all()
+    assert fused[0][1] == 0
+
+
+def test_ignore_index_inside_the_vocabulary(isa):
+    _, _, outcome = backend.row_forward(torch.randn(3, 4), torch.tensor([0, 2, -100]), None, 0.0, 2)
+    assert outcome.tolist()[1:] == [IGNORED, BAD_LABEL]
+    assert outcome[0] in (MISS, HIT)
+
+
+def test_hits_count_ties_and_not_nan(isa):
+    logits = torch.tensor(
+        [[1.0, 3, 3], [3, 1, 2], [1, 2, 3], [torch.nan, 1, 2], [1, torch.inf, 2], [1, 1, 1]]
+    )
+    logits = torch.cat([logits, torch.tensor([[torch.inf, torch.nan, 1.0], [-torch.inf] * 3])])
+    labels = torch.tensor([1, 1, 2, 2, 1, 0, 0, 0])
+    expected = [HIT, MISS, HIT, MISS, HIT, HIT, MISS, HIT]
+    assert backend.row_forward(logits, labels, None, 0.0, -100)[2].tolist() == expected
+    assert backend.softmax_minus_onehot_(logits, labels, -100)[2].tolist() == expected
+
+
+# In a row of 5000, so that it spans several blocks: value of the first 4000, of one later element, of the label.
+NON_FINITE = {
+    "first blocks -inf": (-torch.inf, 1.0, 2.0),
+    "NaN in a finite row": (0.5, torch.nan, 2.0),
+    "NaN after -inf": (-torch.inf, torch.nan, 1.0),
+    "NaN, else -inf": (-torch.inf, torch.nan, -torch.inf),
+    "+inf": (0.5, torch.inf, 2.0),
+    "+inf after -inf": (-torch.inf, torch.inf, 2.0),
+    "+inf at the label": (0.5, 1.0, torch.inf),
+    "-inf at the label": (0.5, 1.0, -torch.inf),
+    "all -inf": (-torch.inf, -torch.inf, -torch.inf),
+    "huge": (-3e38, 3e38, 3e38),
+    "far below": (-200.0, 0.0, -150.0),
+}
+
+
+@pytest.mark.parametrize("kind", NON_FINITE)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_non_finite_rows_behave_as_in_torch(poisoned, isa, kind, smoothing):
+    first, later, at_label = NON_FINITE[kind]
+    logits, labels = (
+        torch.full((2, 5000), -torch.inf if kind == "all -inf" else -1.0),
+        torch.tensor([4990, 17]),
+    )
+    logits[0, :4000], logits[0, 4500], logits[0, 4990] = first, later, at_label
+    logits[1] = torch.randn(5000)
+    exact, exact_gradient = loss_and_gradient(logits, labels, torch.ones(2), smoothing=smoothing)
+    loss, normaliser, _ = backend.row_forward(logits, labels, None, smoothing, -100)
+    torch.testing.assert_close(loss, exact, equal_nan=True, rtol=1e-5, atol=1e-6)
+    gradient = backend.row_backward(None, None, logits, labels, normaliser, None, smoothing, -100)
+    torch.testing.assert_close(gradient, exact_gradient, equal_nan=True, rtol=1e-5, atol=1e-7)
+    if smoothing == 0:
+        fused_loss, *_ = backend.softmax_minus_onehot_(logits, labels, -100)
+        torch.testing.assert_close(fused_loss, exact, equal_nan=True, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits, exact_gradient, equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+def test_a_large_common_offset_costs_no_precision(isa):
+    """Logits around 1e4 have steps of 1e-3; loss and gradient of confident rows are far more precise."""
+    logits = torch.full((3, 100), 1e4)
+    logits[:, 7] += torch.tensor([5.0, 12.0, 16.0])
+    labels = torch.full((3,), 7)
+    exact, exact_gradient = loss_and_gradient(logits.double(), labels, torch.ones(3).double())
+    loss, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
+    gradient = backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, -100)
+    fused = logits.clone()
+    backend.softmax_minus_onehot_(fused, labels, -100)
+    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=2e-6)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=0, atol=2e-6)
+    torch.testing.assert_close(fused.double(), exact_gradient, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["expanded", "rows far apart", "out is logits", "out far apart"])
+def test_strides(isa, dtype, layout):
+    rows, vocabulary = 5, 2500
+    labels, scale = torch.randint(vocabulary, (rows,)), torch.randn(rows)
+    logits, out = torch.randn(rows, vocabulary).to(dtype), None
+    if layout == "expanded":
+        logits = logits[:1].expand(rows, vocabulary)
+    elif layout == "rows far apart":
+        logits = torch.full((rows, 4000), torch.nan, dtype=dtype)[:, 700:3200].copy_(logits)
+    elif layout == "out far apart":
+        out = torch.full((rows, 4000), torch.nan, dtype=dtype)[:, 1:2501]
+    exact, exact_gradient = loss_and_gradient(logits.double(), labels, scale.double())
+    if layout == "out is logits":
+        out = logits
+    loss, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
+    result = backend.row_backward(None, scale, logits, labels, normaliser, None, 0.0, -100, out=out)
+    assert out is None or result is out
+    assert error(loss, exact) <= 4e-6
+    assert error(result, exact_gradient) <= EPSILON[dtype] * float(exact_gradient.abs().max())
+    if layout == "out far apart":
+        assert out._base[:, 0].isnan().all()
+        assert out._base[:, 2501:].isnan().all()
+
+
+def test_overwriting_rows_that_share_memory_is_refused():
+    logits = torch.randn(1, 8).expand(3, 8)
+    with pytest.raises(ValueError, match="logits: rows that overlap"):
+        backend.softmax_minus_onehot_(logits, torch.zeros(3, dtype=torch.int64), -100)
+
+
+def test_factors_of_any_stride(isa):
+    logits, labels, row_scale = torch.randn(4, 50), torch.arange(4), torch.randn(4)
+    _, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
+    strided = torch.randn(8)[::2]
+    for grad_out in (None, torch.tensor(2.5), torch.tensor([2.5]).expand(4), strided):
+        for scale in (None, row_scale):
+            total = torch.ones(4, dtype=torch.float64)
+            total = total if grad_out is None else total * grad_out
+            total = total if scale is None else total * scale
+            _, exact = loss_and_gradient(logits.double(), labels, total)
+            gradient = backend.row_backward(grad_out, scale, logits, labels, normaliser, None, 0.0, -100)
+            assert error(gradient, exact) <= EPSILON[torch.float32] * float(exact.abs().max())
+
+
+def test_normaliser_of_a_block_of_rows(isa):
+    """The linear op passes a slice [2, n] of a larger normaliser."""
+    logits, labels = torch.randn(6, 70), torch.arange(6)
+    _, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
+    whole = backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, -100)
+    part = backend.row_backward(None, None, logits[2:5], labels[2:5], normaliser[:, 2:5], None, 0.0, -100)
+    assert torch.equal(part, whole[2:5])
+
+
+def test_offsets_beyond_32_bits(isa):
+    """Two bfloat16 rows that lie 2^31 + 5 elements apart; the memory between them is never touched."""
+    vocabulary, stride = 4001, (1 << 31) + 5
+    memory = torch.empty(stride + vocabulary, dtype=torch.bfloat16)
+    logits = memory.as_strided((2, vocabulary), (stride, 1))
+    logits.copy_(torch.randn(2, vocabulary))
+    labels = torch.tensor([3, 4000])
+    near = logits.clone()
+    loss, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
+    expected, *_ = backend.row_forward(near, labels, None, 0.0, -100)
+    assert torch.equal(loss, expected)
+    gradient = backend.row_backward(None, None, near, labels, normaliser, None, 0.0, -100)
+    backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, -100, out=logits)
+    assert torch.equal(logits, gradient)
+
+
+def test_bfloat16_is_rounded_to_nearest_even(isa):
+    """The bfloat16 kernel computes what the float32 kernel does, then rounds as torch does; NaN stays NaN."""
+    logits = torch.randn(50, 3000).bfloat16()
+    logits[7, 5] = torch.nan
+    labels, scale = torch.randint(3000, (50,)), torch.randn(50) * 100
+    results = []
+    for z in (logits, logits.float()):
+        _, normaliser, _ = backend.row_forward(z, labels, None, 0.0, -100)
+        results.append(backend.row_backward(None, scale, z, labels, normaliser, None, 0.0, -100))
+    rounded = results[1].bfloat16()
+    assert results[0][7].isnan().all()
+    keep = torch.arange(50) != 7
+    assert torch.equal(results[0][keep].view(torch.int16), rounded[keep].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, threads):
+    logits, labels = torch.randn(67, 9001).to(dtype), torch.randint(9001, (67,))
+    labels[::5] = -100
+    weight, scale = torch.rand(9001), torch.randn(67)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        forward = backend.row_forward(logits, labels, weight, 0.1, -100)
+        gradient = backend.row_backward(None, scale, logits, labels, forward[1], weight, 0.1, -100)
+        overwritten = logits.clone()
+        fused = backend.softmax_minus_onehot_(overwritten, labels, -100)
+        results.append((*forward, gradient, *fused, overwritten))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_exponential_is_within_three_ulp(isa):
+    """Every 257th float in [-87, -0] against float64; below that it is 0 (exp(-87) = 1.6e-38)."""
+    largest = 0.0
+    for start in range(0x80000000, 0xC2AE0001, 1 << 28):
+        bits = torch.arange(start, min(start + (1 << 28), 0xC2AE0001), 257) - (1 << 32)
+        x = bits.to(torch.int32).view(torch.float32)
+        result = torch.full_like(x, torch.nan)
+        backend._native.exp(x.data_ptr(), result.data_ptr(), x.numel())
+        exact = x.double().exp()
+        ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact)[1] - 24)
+        largest = max(largest, float(((result.double() - exact).abs() / ulp).max()))
+    assert largest < 3
+    x = torch.tensor([0.0, -0.0, -87.1, -104, -1e30, -torch.inf, torch.nan, -87.1, -1, torch.nan])
+    result = torch.empty_like(x)
+    backend._native.exp(x.data_ptr(), result.data_ptr(), x.numel())
+    expected = torch.tensor([1.0, 1, 0, 0, 0, 0, torch.nan, 0, math.exp(-1), torch.nan])
+    torch.testing.assert_close(result, expected, equal_nan=True, rtol=2e-7, atol=0)

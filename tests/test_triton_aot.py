@@ -1,0 +1,116 @@
+"""Every Triton kernel compiles for every GPU we name, without one, and keeps its values in registers.
+
+The compiler runs in a process of its own: under TRITON_INTERPRET, as the other tests set it, there is none.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from rd_kernels.backends import triton_aot
+
+KERNELS = {"row_forward", "row_backward", "group_partials", "group_totals", "group_update", "row_scale"}
+PER_TARGET = pytest.mark.parametrize("target", triton_aot.TARGETS)
+
+
+def compile_all(folder, *options):
+    """-> the table as printed, the costs as written."""
+    report = folder / "costs.json"
+    command = [sys.executable, "-m", "rd_kernels.backends.triton_aot", "--json", str(report), *options]
+    environment = {**os.environ, "TRITON_INTERPRET": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert report.exists(), result.stderr
+    # The exit status is the verdict of the table: see test_nothing_spills for which variant.
+    costs = json.loads(report.read_text())
+    assert result.returncode == any(cost["spills"] or cost["stack"] for cost in costs), result.stderr
+    return result.stdout, costs
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return compile_all(tmp_path_factory.mktemp("aot"))
+
+
+def assert_nothing_spills(costs):
+    bad = [cost for cost in costs if cost["spills"] or cost["stack"]]
+    assert not bad, "\n".join(f"{cost['target']} {cost['variant']}" for cost in bad)
+
+
+@PER_TARGET
+def test_nothing_spills(compiled, target):
+    costs = [cost for cost in compiled[1] if cost["target"] == target]
+    assert {re.match(r"\w+", cost["variant"])[0] for cost in costs} == KERNELS
+    assert all(cost["registers"] > 0 for cost in costs)
+    assert_nothing_spills(costs)
+
+
+@PER_TARGET
+def test_long_rows_move_16_bytes_at_a_time(compiled, target):
+    """Whatever V is: in bfloat16 the rows of V = 30522 begin at multiples of 4 bytes only."""
+    aligned = set()
+    for cost in compiled[1]:
+        if cost["target"] == target and cost["variant"].startswith(("row_forward", "row_backward")):
+            assert "128" in cost["loads"], cost
+            assert "128" in cost["stores"] or cost["variant"].startswith("row_forward"), cost
+            aligned.add("V%16=0" in cost["variant"])
+    assert aligned == {True, False}
+
+
+def test_table_has_a_line_for_each_variant(compiled):
+    table, costs = compiled
+    lines = table.splitlines()
+    assert len(lines) == len(costs) + 1
+    for line, cost in zip(lines[1:], costs, strict=True):
+        target, registers, spills = line.split()[:3]
+        assert (target, int(registers), int(spills)) == (cost["target"], cost["registers"], cost["spills"])
+        assert line.endswith(cost["variant"])
+
+
+def test_under_the_interpreter_it_says_so(monkeypatch):
+    kernels = SimpleNamespace(INTERPRETED=SimpleNamespace(value=True))
+    monkeypatch.setattr(triton_aot._Recorder, "_kernels", kernels)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        triton_aot.variants("sm_90", ["bf16"], thorough=False)
+
+
+def test_unknown_target_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        triton_aot.main(["--target", "sm_70"])
+    assert "sm_70" in capsys.readouterr().err
+
+
+SASS = [
+    "LDG.E.64 R2, desc[UR10][R2.64]",
+    "@!P1 LDG.E.128 R4, desc[UR10][R8.64]",
+    "LDG.E.U16 R4, desc[UR10][R8.64]",
+    "STG.E desc[UR10][R2.64], R7",
+    "@!P1 BRA 0x10",
+    "STG.E.U8 desc[UR10][R2.64], R7",
+]
+AMD = [
+    "\tglobal_load_dwordx2 v[2:3], v[4:5], off",
+    "\tglobal_load_dwordx4 v[6:9], v[4:5], off",
+    "\tbuffer_load_ushort v39, v36, s[4:7], 0 offen",
+    "\tglobal_store_dword v1, v0, s[4:5]",
+    "\ts_cbranch_scc0 .LBB0_1",
+    "\tglobal_store_byte v1, v0, s[0:1]",
+]
+
+
+@pytest.mark.parametrize(("lines", "width"), [(SASS, "_nvidia_width"), (AMD, "_amd_width")])
+def test_only_accesses_inside_a_loop_are_counted(lines, width):
+    backward_jump = [(4, 1), (0, 5)]
+    accesses = triton_aot._loop_accesses(lines, backward_jump, getattr(triton_aot, width))
+    assert accesses == {"loads": {16: 1, 128: 1}, "stores": {32: 1}}
+
+
+@pytest.mark.slow
+def test_every_combination_of_arguments(tmp_path):
+    _, costs = compile_all(tmp_path, "--thorough", "--dtype", *triton_aot.DTYPES)
+    assert len(costs) > 600
+    assert_nothing_spills(costs)
