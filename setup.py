@@ -34,7 +34,8 @@ ISA_FLAGS = {
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Of -ffast-math only what leaves NaN and infinity alone, so that loops with exp and max can be vectorised.
-KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+# (Clang warns of the few that it leaves scalar.)
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wno-pass-failed"]
 LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
 X86_64_PROGRAM = """

@@ -155,6 +155,15 @@ def test_the_exponential_is_vectorised():
     }
 
 
+@on_x86_64_glibc
+def test_every_instruction_set_of_this_cpu_is_usable():
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1).split()
+    expected = ["avx2"] if {"avx2", "fma"} <= set(flags) else []
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"} <= set(flags):
+        expected.insert(0, "avx512")
+    assert CPUBackend()._native.usable_isas() == [*expected, "portable"]
+
+
 def test_the_instruction_set_can_be_named():
     """By the environment variable, in a module that works without torch."""
     show = f"""

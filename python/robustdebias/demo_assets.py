@@ -120,6 +120,7 @@ def _download(pins: Sequence[_Pin], cache: Path) -> None:
             "-m",
             "pip",
             "download",
+            "--quiet",
             "--no-deps",
             "--only-binary=:all:",
             "--require-hashes",

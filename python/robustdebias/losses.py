@@ -4,18 +4,13 @@ ERM here is the mean over labelled tokens, as a plain fine-tuning has it: a toke
 groups it is in, and also if it is in none; groups are only reported. (``rd.ERM`` counts a row once for each of
 its groups. So the rows are cut into the disjoint cells of equal membership, over which both are the same.)
 
-Group DRO is the op of :mod:`rd_kernels`, and a policy for groups that a batch has nothing of. In the published
-update (Sagawa et al. 2020, Algorithm 1) every batch takes weight from them, so that the weight of a group seen
-in a tenth of the batches vanishes within a hundred steps however large its loss: it is made for sampling that
-shows all groups equally often. "hold" instead leaves the weight of an absent group as it was, and lets those
-present share the rest in the published proportions. "decay" is the published update.
+Group DRO is the op of :mod:`rd_kernels` as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +51,10 @@ def build_loss(
         return TokenMean(op_class, group_names, backend)
     if objective == "group_dro":
         counts = [max(count, 1) for count in group_counts]
-        rule = rd.GroupDRO(step_size, adjustment, counts if adjustment else None)
+        policy = cast(Literal["decay", "hold"], absent_groups)
+        rule = rd.GroupDRO(step_size, adjustment, counts if adjustment else None, policy)
         return GroupDROObjective(
-            op_class(len(group_names), objective=rule, group_names=group_names, backend=backend),
-            hold_absent=absent_groups == "hold",
+            op_class(len(group_names), objective=rule, group_names=group_names, backend=backend)
         )
     raise ValueError(f"objective must be 'erm' or 'group_dro', got {objective!r}")
 
@@ -67,27 +62,19 @@ def build_loss(
 class GroupDROObjective(nn.Module):
     """Group DRO; its ``group_weights`` q [G] are updated before they weight the batch."""
 
-    def __init__(self, op: Any, hold_absent: bool):
+    def __init__(self, op: Any):
         super().__init__()
-        self.op, self.hold_absent = op, hold_absent
+        self.op = op
 
     @property
     def group_weights(self) -> Tensor:
         return self.op.group_weights
 
     def forward(self, inputs: HeadInputs) -> Tensor:
-        before = self.group_weights.clone()
-        loss = _call(self.op, inputs, inputs.groups)
-        if self.hold_absent and self.training:
-            _hold(self.group_weights, before, inputs.groups.any(dim=0))
-        return loss
+        return _call(self.op, inputs, inputs.groups)
 
     def report(self) -> rd.GroupReport:
-        """As the op's own; a group's weight is its q."""
-        report = self.op.report()
-        weights = dict(zip(report.by_group, self.group_weights.tolist(), strict=True))
-        by_group = {name: replace(stats, weight=weights[name]) for name, stats in report.by_group.items()}
-        return replace(report, by_group=by_group)
+        return self.op.report()
 
 
 class TokenMean(nn.Module):
@@ -120,15 +107,6 @@ class TokenMean(nn.Module):
                 for group, name in enumerate(self._names)
             },
         )
-
-
-@torch.no_grad()
-def _hold(q: Tensor, before: Tensor, present: Tensor) -> None:
-    """Give the absent groups their weight back, in place; those present keep their ratios. All [G]."""
-    held = before.masked_fill(present, 0).sum()
-    shared = q.masked_fill(~present, 0).sum()
-    scale = torch.where(shared > 0, (1 - held).clamp(min=0) / shared, 1.0)  # 0 if their weights underflowed
-    q.copy_(torch.where(present, q * scale, before))
 
 
 def _call(op: nn.Module, inputs: HeadInputs, groups: Tensor) -> Tensor:

@@ -119,10 +119,7 @@ def _markdown(results: Mapping[str, Any], comparison: Comparison, pictures: Sequ
         ("The groups in the text", _coverage(results.get("groups") or {})),
         ("How differences are judged", [RULE]),
         ("Notes", [f"- {note}" for note in results.get("notes") or ()]),
-        (
-            "Environment",
-            [f"- {key}: {value}" for key, value in sorted((results.get("environment") or {}).items())],
-        ),
+        ("Environment", _environment(results.get("environment") or {})),
     ]
     placed = {
         "In short": ["overview"], "Held-out loss by group": ["held_out_loss"], "Social bias: StereoSet": ["bias"],
@@ -279,6 +276,10 @@ def _coverage(groups: Mapping[str, Any]) -> Iterable[str]:
         )
     ]
     yield from _table(["group", "texts", "share", "words", "share"], rows)
+
+
+def _environment(environment: Mapping[str, Any]) -> list[str]:
+    return [f"- {key}: {value}" for key, value in sorted(environment.items()) if value is not None]
 
 
 # Tables and numbers.

@@ -206,7 +206,6 @@ def select(requested: str, logits: Tensor) -> str:
     return _select(requested, logits.device, logits.dtype)
 
 
-@torch.compiler.assume_constant_result
 def _select(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     name = requested
     if name == "auto":
@@ -215,6 +214,10 @@ def _select(requested: str, device: torch.device, dtype: torch.dtype) -> str:
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         _check_name(name, ENVIRONMENT_VARIABLE)
     return _resolve(name, device, dtype)
+
+
+# What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes seconds and triton.
+_select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import string
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, just below
 
 import pytest
 import torch
