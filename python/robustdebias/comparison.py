@@ -24,7 +24,8 @@ SMALL_LOSS, SMALL_SCORE = 0.01, 1.0
 VERDICTS = ("better", "slightly better", "no clear difference", "slightly worse", "worse", "no interval")
 RULE = (
     "A difference counts only if its 95% interval (paired bootstrap over the test items, "
-    f"{bootstrap.DRAWS:,} draws, fixed seed) leaves out zero; otherwise it is called 'no clear difference'. It is called "
+    f"{bootstrap.DRAWS:,} draws, fixed seed) leaves out zero; otherwise it is called 'no clear difference'. Scores of "
+    f"fewer than {bootstrap.FEWEST} test items (texts, pairs) get no interval and no verdict. A difference is called "
     f"slight if it is below {SMALL_LOSS:.0%} of a loss or below {SMALL_SCORE:g} point of a score. Where 50 is ideal, the "
     "distance from 50 is judged. The interval says how far the choice of test items could move the number. It says "
     "nothing of another training seed, and among many rows about one in twenty leaves out zero by chance."

@@ -241,8 +241,7 @@ def _lines(axes: Axes, lines: Curves) -> None:
             marker="o" if len(steps) < 12 else None, markersize=3.5, label=group,
         )  # fmt: skip
     steps = [step for of_group, _ in lines.values() for step in of_group]
-    if len(set(steps)) > 1:
-        axes.set_xlim(min(steps), max(steps))
+    axes.set_xlim(0, max(steps, default=1))
 
 
 def _name_lines(axes: Axes) -> None:

@@ -34,6 +34,14 @@ _OBJECTIVES = {
     "erm": "is plain fine-tuning: every hidden word counts the same.",
     "group_dro": "gives more weight to the groups that the model is worse at.",
 }
+# Where 50 is ideal, a score may move and yet be as far from it.
+_DISTANCES = {
+    "better": "closer to 50",
+    "slightly better": "slightly closer to 50",
+    "no clear difference": "not clearly closer or farther",
+    "slightly worse": "slightly farther from 50",
+    "worse": "farther from 50",
+}
 _PICTURES = {
     "overview": "Loss by group, what Group DRO changed against ERM, its group weights, and the stereotype score",
     "held_out_loss": "Held-out loss of each group",
@@ -100,7 +108,8 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     lines += [
         "",
-        "Losses in nats, scores in per cent. In brackets: 95% interval over the test items, one training run each.",
+        "Losses in nats, scores in per cent. In brackets: 95% interval over the test items (none where they are too few);",
+        "it says nothing of another training seed.",
     ]
     if comparison.metrics("crows_pairs."):
         lines.append(f"Warning: {RELIABILITY_WARNING}")
@@ -343,7 +352,8 @@ def _change(found: Difference) -> str:
     if found.low is None or found.high is None:
         return text
     ends = f"[{_number(found.metric, found.low, '+')}, {_number(found.metric, found.high, '+')}]"
-    return f"{text} {ends} {found.verdict}"
+    words = _DISTANCES[found.verdict] if found.metric.ideal == "50" else found.verdict
+    return f"{text} {ends} {words}"
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

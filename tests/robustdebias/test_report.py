@@ -75,7 +75,7 @@ def stereoset(rate: float, seed: int = 0) -> dict[str, Any]:
 
 
 def crows_pairs() -> dict[str, Any]:
-    outcomes = {"gender": [1, 0, 1, 1], "age": [0, 1]}
+    outcomes = {"gender": [1, 0, 1, 1] * 5, "age": [0, 1] * 5}
 
     def scores(won: list[int]) -> dict[str, Any]:
         return {
@@ -176,18 +176,17 @@ def test_an_interval_is_as_wide_as_theory_says() -> None:
 
 def test_a_term_of_two_domains_is_one_term() -> None:
     terms = [
-        Term("race", "one", [1, 1, 1], [2, 2, 2]),
-        Term("gender", "one", [0], [2]),
-        Term("race", "two", [0], [0]),
+        Term("race", "one", [1] * 30, [2] * 30),
+        Term("gender", "one", [0] * 10, [2] * 10),
+        Term("race", "two", [0] * 10, [0] * 10),
     ]
     evaluation = {
         "stereoset": {"overall": score_terms(terms), "by_domain": {}, "per_term": [vars(t) for t in terms]}
     }
     assert evaluation["stereoset"]["overall"]["ss"] == 37.5  # (3/4 + 0) / 2
     draws = bootstrap.draws(evaluation)
-    assert set(draws["stereoset.overall.ss"]) == {
-        37.5
-    }  # the items of each domain and term agree with each other
+    # Within each domain and term all items agree, so every draw is the same.
+    assert set(draws["stereoset.overall.ss"]) == {37.5}
     assert set(draws["stereoset.race.ss"]) == {50}
 
 
@@ -219,16 +218,41 @@ def test_losses_as_a_slow_bootstrap() -> None:
         ), name
 
 
-def test_a_group_that_is_rarely_drawn() -> None:
+def test_a_group_that_is_rarely_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loss is undefined in draws without it; that neither spreads nor stops anything."""
-    evaluation = mlm(texts=3, names=["a", "b"])
-    evaluation["per_text"]["by_group"] = [[0, 0, *evaluation["per_text"]["overall"][0]], [1, 1, 9.0, 3]]
-    draws = bootstrap.draws({"mlm": evaluation})
+    monkeypatch.setattr(bootstrap, "FEWEST", 1)
+    draws = bootstrap.draws({"mlm": three_texts()})
     undefined = np.isnan(draws["mlm.group.a"])
     assert 0.2 < undefined.mean() < 0.4  # (2/3)^3
     assert np.isfinite(draws["mlm.overall"]).all()
     assert 0 < np.isnan(draws["mlm.worst"]).mean() < 0.1  # neither was drawn
     assert all(map(math.isfinite, bootstrap.interval(draws["mlm.worst"])))
+
+
+def three_texts() -> dict[str, Any]:
+    """The second text's group is the worst; the third is in no group."""
+    evaluation = mlm(texts=3, names=["a", "b"])
+    evaluation["per_text"] = {
+        "overall": [[9.0, 9], [12.0, 3], [2.0, 1]], "by_group": [[0, 0, 9.0, 9], [1, 1, 12.0, 3]],
+    }  # fmt: skip
+    return evaluation
+
+
+def test_few_items_get_no_interval() -> None:
+    """A single text, drawn again and again, would have an interval of no width."""
+    assert bootstrap.draws({"mlm": three_texts()}) == {}
+    few = mlm(texts=40)
+    few["per_text"]["by_group"] = [row for row in few["per_text"]["by_group"] if row[1] == 0 or row[0] < 3]
+    few["per_text"]["by_group"].append([39, 3, 100.0, 1])  # the worst group has few texts
+    assert bootstrap.draws({"mlm": few}).keys() == {"mlm.overall", "mlm.group.gender:female"}
+    few["per_text"]["by_group"][-1][2] = 0.001  # now it is the best one
+    worst = bootstrap.draws({"mlm": few})
+    assert "mlm.gap" not in worst
+    terms = [Term("race", "one", [1] * 9, [2] * 9), Term("gender", "two", [0], [2])]
+    part = {"overall": score_terms(terms), "by_domain": {}, "per_term": [vars(term) for term in terms]}
+    assert {name.split(".")[1] for name in bootstrap.draws({"stereoset": part})} == {"overall"}
+    pairs = {"crows_pairs": {"outcomes": {"age": [1] * 9, "gender": [0, 1] * 5}}}
+    assert bootstrap.draws(pairs).keys() == {"crows_pairs.overall", "crows_pairs.gender"}
 
 
 # Verdicts
@@ -309,7 +333,7 @@ def test_the_report(results: dict[str, Any], written: Path) -> None:
         assert words in text
     assert "CrowS" not in text
     ss = results["runs"]["group_dro"]["evaluation"]["stereoset"]["overall"]["ss"]
-    assert re.search(rf"\| StereoSet SS \| 50 \|.*\| {ss:.1f} \|.*better \|", text)
+    assert re.search(rf"\| StereoSet SS \| 50 \|.*\| {ss:.1f} \|.*closer to 50 \|", text)
     pictures = re.findall(r"\]\((\w+\.png)\)", text)
     assert pictures == [
         "overview.png",

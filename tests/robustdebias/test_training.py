@@ -88,12 +88,12 @@ def test_weights_of_absent_groups(policy: str) -> None:
         losses = row_losses(inputs)
         means = {g: losses[inputs.groups[:, g]].mean().item() for g in present}
         updated = published_update(q, means, 0.5)
-        expected_loss = sum(updated[g] * means[g] for g in present)
         if policy == "hold":
             free = sum(q[g] for g in present)
             share = sum(updated[g] for g in present)
             updated = [updated[g] * free / share if g in present else q[g] for g in range(G)]
         q = updated
+        expected_loss = sum(q[g] * means[g] for g in present)
         assert loss_fn(inputs).item() == pytest.approx(expected_loss, rel=1e-5)
         assert loss_fn.group_weights.tolist() == pytest.approx(q, rel=1e-5)
         weights = [stats.weight for stats in loss_fn.report().by_group.values()]

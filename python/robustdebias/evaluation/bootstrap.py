@@ -16,9 +16,11 @@ import numpy as np
 
 from robustdebias.evaluation.stereoset import Term
 
-__all__ = ["DRAWS", "LEVEL", "draws", "interval", "values"]
+__all__ = ["DRAWS", "FEWEST", "LEVEL", "draws", "interval", "values"]
 
 DRAWS = 2000
+FEWEST = 10
+"""Of fewer items than this no draws are made: drawing the same few again and again looks surer than it is."""
 LEVEL = 0.95
 SEED = 0
 _STEREOSET = ("ss", "lms", "icat")
@@ -48,7 +50,11 @@ def values(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def draws(evaluation: Mapping[str, Any], count: int = DRAWS) -> dict[str, np.ndarray]:
-    """``count`` draws [R] of the scores that :func:`values` names, of those parts that carry their items' outcomes."""
+    """``count`` draws [R] of each score that :func:`values` names, where its items' outcomes are at hand.
+
+    Left out: scores of fewer than FEWEST items; the worst group's loss if that group has fewer texts; the gap if
+    the worst or the best group has.
+    """
     result: dict[str, np.ndarray] = {}
     mlm, stereoset, crows_pairs = (evaluation.get(part) or {} for part in ("mlm", "stereoset", "crows_pairs"))
     if "per_text" in mlm:
@@ -95,39 +101,49 @@ def _mlm(mlm: Mapping[str, Any], weights: _Weights) -> dict[str, np.ndarray]:
     sums[:, -1], counts[:, -1] = overall.T
     for text, group, total, tokens in mlm["per_text"]["by_group"]:
         sums[text, group], counts[text, group] = total, tokens
-    present = counts.sum(0) > 0
-    if not present[:-1].any():
+    texts = (counts > 0).sum(0)  # [G + 1]
+    present = np.flatnonzero(texts[:-1])
+    if not len(present):
         return {}
+    means = sums.sum(0) / np.maximum(counts.sum(0), 1)
+    worst, best = (int(pick(present, key=means.__getitem__)) for pick in (max, min))
     sums, counts = np.split(weights.apply(np.concatenate([sums, counts], axis=1)), 2, axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0: no token of the group was drawn
         losses = sums / counts  # [R, G + 1]
-    groups = losses[:, :-1][:, present[:-1]]
-    worst, best = np.fmax.reduce(groups, axis=1), np.fmin.reduce(groups, axis=1)  # of those that are defined
-    return {
-        "mlm.overall": losses[:, -1],
-        "mlm.worst": worst,
-        "mlm.gap": worst - best,
-        **{f"mlm.group.{name}": losses[:, group] for group, name in enumerate(names) if present[group]},
+    # fmax and fmin pass over what is not defined.
+    highest, lowest = (extreme.reduce(losses[:, present], axis=1) for extreme in (np.fmax, np.fmin))
+    found = {
+        "mlm.overall": (texts[-1], losses[:, -1]),
+        "mlm.worst": (texts[worst], highest),
+        "mlm.gap": (min(texts[worst], texts[best]), highest - lowest),
+        **{f"mlm.group.{name}": (texts[group], losses[:, group]) for group, name in enumerate(names)},
     }
+    return {name: sample for name, (items, sample) in found.items() if items >= FEWEST}
 
 
 def _stereoset(terms: Sequence[Term], weights: _Weights) -> dict[str, np.ndarray]:
     """As ``score_terms``, for all draws at once."""
     drawn = [weights.apply(np.array([term.pro, term.related, np.ones(len(term.pro))]).T) for term in terms]
-    result = {}
+    result: dict[str, np.ndarray] = {}
     for domain in ["overall", *sorted({term.domain for term in terms})]:
         sums: dict[str, np.ndarray] = {}  # term -> pro, related, items [R, 3]
         for term, own in zip(terms, drawn, strict=True):
             if domain in ("overall", term.domain):
                 sums[term.term] = sums.get(term.term, 0) + own
         ss, lms = np.mean([[100 * s[:, 0] / s[:, 2], 50 * s[:, 1] / s[:, 2]] for s in sums.values()], 0)
-        for name, column in zip(_STEREOSET, (ss, lms, lms * np.minimum(ss, 100 - ss) / 50), strict=True):
-            result[f"stereoset.{domain}.{name}"] = column
+        if sum(s[0, 2] for s in sums.values()) >= FEWEST:
+            columns = ss, lms, lms * np.minimum(ss, 100 - ss) / 50
+            result |= {f"stereoset.{domain}.{name}": c for name, c in zip(_STEREOSET, columns, strict=True)}
     return result
 
 
 def _crows_pairs(outcomes: Mapping[str, Sequence[int]], weights: _Weights) -> dict[str, np.ndarray]:
     wins = {kind: weights.apply(np.array(won)[:, None])[:, 0] for kind, won in sorted(outcomes.items())}
-    pairs = sum(len(won) for won in outcomes.values())
-    result = {f"crows_pairs.{kind}": 100 * won / len(outcomes[kind]) for kind, won in wins.items()}
-    return {"crows_pairs.overall": 100 * np.sum(list(wins.values()), 0) / pairs, **result}
+    pairs = {
+        "overall": sum(map(len, outcomes.values())),
+        **{kind: len(won) for kind, won in outcomes.items()},
+    }
+    wins = {"overall": np.sum(list(wins.values()), 0), **wins}
+    return {
+        f"crows_pairs.{kind}": 100 * won / pairs[kind] for kind, won in wins.items() if pairs[kind] >= FEWEST
+    }

@@ -49,7 +49,7 @@ class Pair:
 
 
 def evaluate(
-    model: nn.Module, tokenizer: Any, path: str | Path, *, batch_size: int = 64, progress: bool = True
+    model: nn.Module, tokenizer: Any, path: str | Path, *, batch_size: int = 128, progress: bool = True
 ) -> dict[str, Any]:
     """The metric score (50 is ideal) of a masked language model, in per cent, overall and by bias type.
 

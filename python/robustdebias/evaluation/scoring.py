@@ -34,7 +34,7 @@ def log_probabilities(
     tokenizer: Any,
     queries: Sequence[Query],
     *,
-    batch_size: int = 64,
+    batch_size: int = 128,
     progress: bool = True,
     label: str = "scoring",
 ) -> np.ndarray:

@@ -63,7 +63,7 @@ class Term:
 
 
 def evaluate(
-    model: nn.Module, tokenizer: Any, path: str | Path, *, batch_size: int = 64, progress: bool = True
+    model: nn.Module, tokenizer: Any, path: str | Path, *, batch_size: int = 128, progress: bool = True
 ) -> dict[str, Any]:
     """LMS, SS and ICAT of a masked language model, in per cent, overall and by domain.
 
