@@ -21,9 +21,13 @@ EPSILON = {torch.float64: 1e-14, torch.float32: 4e-7, torch.bfloat16: 2**-8, tor
 DTYPES = {
     "reference": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
     "cpu": [torch.float32, torch.bfloat16],
-    "triton": [torch.float32, torch.bfloat16, torch.float16],
+    "triton": [torch.float32, torch.bfloat16],
 }
-ELEMENTS = {"reference": 1 << 30, "cpu": 1 << 30, "triton": 150_000}  # the interpreter is slow
+ELEMENTS = {
+    "reference": 1 << 30,
+    "cpu": 1 << 30,
+    "triton": 3000,
+}  # the interpreter is slow; test_triton_kernels.py has 30522
 VOCABULARIES = [1, 2, 127, 1000, 30522]
 ROWS = [0, 1, 3, 17]
 GROUPINGS = ["ids", "one group", "one absent", "overlapping mask", "some in none"]
