@@ -215,7 +215,7 @@ def _changes(
     axes.margins(x=0.1)
     axes.set_title(f"{run_label(other)} minus {run_label(base)}")
     axes.set_xlabel(
-        f"difference of the loss in nats; below 0: {run_label(other)} is better\nhollow: no clear difference"
+        f"difference of the loss in nats; below 0: {run_label(other)} is better\nhollow: no clear difference, or too few texts"
     )
 
 
