@@ -128,7 +128,7 @@ def demo(
     ),
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Steps of each run.", rich_help_panel=TRAINING)
-    ] = 100,
+    ] = 80,
     model: Annotated[
         str,
         typer.Option("--model", metavar="ID|DIR", help="Instead of the demo's own.", rich_help_panel=DATA),
