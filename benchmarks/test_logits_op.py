@@ -31,10 +31,11 @@ def eager(logits, labels, ids, _):
 def test_forward_backward(benchmark, run, backend, dtype):
     logits = torch.randn(ROWS, VOCABULARY).to(dtype).requires_grad_()
     labels, ids = torch.randint(VOCABULARY, (ROWS,)), torch.arange(ROWS) % GROUPS
-    # No timing without a correctness gate: the gradient against float64 on a few rows of the same batch.
+    # No timing without a correctness gate: the gradient against float64 on the same batch.
     (gradient,) = run(logits, labels, ids, backend)
     exact = logits.detach().double().requires_grad_()
     (expected,) = eager(exact, labels, ids, "")
-    assert (gradient - expected).abs().max() <= 2**-7 * expected.abs().max()
+    allowed = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype] * expected.abs().max()
+    assert (gradient - expected).abs().max() <= allowed
     benchmark.group = f"N={ROWS} V={VOCABULARY} {dtype}"
     benchmark.pedantic(run, (logits, labels, ids, backend), rounds=7, warmup_rounds=2)

@@ -22,7 +22,7 @@ class TrainConfig:
         puts all weight on one group.
     adjustment: C of the size adjustment C / sqrt(N_g), N_g the training examples of group g (group_dro).
     absent_groups: what happens to the weight of a group that a batch has nothing of (group_dro): "hold" leaves
-        it, "decay" is the published update; see :mod:`robustdebias.losses`.
+        it, "decay" is the published update; see :class:`rd_kernels.GroupDRO`.
     lr, warmup, weight_decay, clip: AdamW without decay on biases and LayerNorms; the rate rises linearly over
         the first share ``warmup`` of the steps and falls linearly to 0; gradients are clipped to this norm.
     batch_size, accumulate: a step runs ``accumulate`` batches and averages their losses. q is updated in each
