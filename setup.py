@@ -33,9 +33,8 @@ ISA_FLAGS = {
     "portable": [],
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# Of -ffast-math only what leaves NaN and infinity alone, so that loops with exp and max can be vectorised.
-# (Clang warns of the few that it leaves scalar.)
-KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wno-pass-failed"]
+# A comparison may be made where its result is not used; NaN and infinity are kept.
+KERNEL_FLAGS = ["-fno-trapping-math"]
 LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
 X86_64_PROGRAM = """
@@ -45,16 +44,10 @@ X86_64_PROGRAM = """
 int main() { return 0; }
 """
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
-# glibc's vector math on x86-64: its exp for four floats.
-LIBMVEC_PROGRAM = """
-typedef float Float4 __attribute__((vector_size(16)));
-extern "C" Float4 _ZGVbN4v_expf(Float4);
-int main(int count, char**) { return _ZGVbN4v_expf(Float4{float(count)})[0] < 0; }
-"""
 
 
 class Compiler:
-    """The C++ compiler, and what it and its libraries offer, found out by trying."""
+    """The C++ compiler, and what it offers, found out by trying."""
 
     def __init__(self) -> None:
         candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
@@ -75,14 +68,11 @@ class Compiler:
             isa for isa, flags in ISA_FLAGS.items() if not flags or self.builds(X86_64_PROGRAM, flags)
         ]
         self.openmp = [flag for flag in ["-fopenmp"] if self.builds(OPENMP_PROGRAM, [flag])]
-        self.libmvec = ["-lmvec", "-lm"] if self.builds(LIBMVEC_PROGRAM, [], ["-lmvec", "-lm"]) else []
-        # How Clang is told of libmvec; GCC is told in the source and does not know the flag.
-        self.veclib = [f for f in ["-fveclib=libmvec"] if self.libmvec and self.builds(X86_64_PROGRAM, [f])]
 
-    def builds(self, program: str, flags: list[str], libraries: list[str] | None = None) -> bool:
-        return self.complaint(program, flags, libraries) is None
+    def builds(self, program: str, flags: list[str]) -> bool:
+        return self.complaint(program, flags) is None
 
-    def complaint(self, program: str, flags: list[str], libraries: list[str] | None = None) -> str | None:
+    def complaint(self, program: str, flags: list[str]) -> str | None:
         """What the compiler says to a program that it cannot compile and link; None if it can."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "program.cpp")
@@ -95,7 +85,7 @@ class Compiler:
                 "-o",
                 str(source.with_suffix("")),
             ]
-            command += [*self.link_flags, *(libraries or [])]
+            command += self.link_flags
             result = subprocess.run(command, capture_output=True, text=True, check=False)
         return None if result.returncode == 0 else result.stderr
 
@@ -115,10 +105,9 @@ class NinjaFile:
             f"build {name}.o: compile {_ninja_path(source)}\n  flags = {_ninja_command(flags)}\n"
         )
 
-    def link(self, target: Path, flags: list[str], libraries: list[str]) -> None:
+    def link(self, target: Path, flags: list[str]) -> None:
         self.edges.append(
-            f"build {_ninja_path(target)}: link {' '.join(self.objects)}\n"
-            f"  flags = {_ninja_command(flags)}\n  libraries = {_ninja_command(libraries)}\n"
+            f"build {_ninja_path(target)}: link {' '.join(self.objects)}\n  flags = {_ninja_command(flags)}\n"
         )
 
     def run(self) -> None:
@@ -126,7 +115,7 @@ class NinjaFile:
         rules = (
             f"rule compile\n  command = {compiler} -MD -MF $out.d $flags -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n"
-            f"rule link\n  command = {compiler} $flags $in -o $out $libraries\n"
+            f"rule link\n  command = {compiler} $flags $in -o $out\n"
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text(rules + "".join(self.edges))
@@ -163,11 +152,10 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         defines = [f"-DRD_HAVE_{isa.upper()}" for isa in compiler.isas]
-        defines += ["-DRD_HAVE_LIBMVEC"] if compiler.libmvec else []
         flags = [*FLAGS, f"-I{CSRC}", *defines]
         ninja = NinjaFile(compiler.command, Path(self.build_temp).resolve())
         for isa in compiler.isas:
-            kernel_flags = [*flags, *KERNEL_FLAGS, *compiler.veclib, f"-DRD_ISA={isa}", *ISA_FLAGS[isa]]
+            kernel_flags = [*flags, *KERNEL_FLAGS, f"-DRD_ISA={isa}", *ISA_FLAGS[isa]]
             ninja.compile(CSRC / PER_ISA_SOURCE, f"row_kernels_{isa}", kernel_flags + compiler.user_flags)
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             if source != CSRC / PER_ISA_SOURCE:
@@ -176,7 +164,7 @@ class NinjaBuild(build_ext):
         ninja.compile(
             CSRC / "bindings.cpp", "bindings", [*flags, *includes, *compiler.openmp, *compiler.user_flags]
         )
-        ninja.link(target, [*LINK_FLAGS, *compiler.openmp, *compiler.link_flags], compiler.libmvec)
+        ninja.link(target, [*LINK_FLAGS, *compiler.openmp, *compiler.link_flags])
         ninja.run()
 
 

@@ -54,8 +54,9 @@ rd::RowResults row_results(Address loss, const rd::Normaliser& normaliser, Addre
 }
 
 rd::RowGradient row_gradient(Address grad_out, int64_t grad_out_stride, Address row_scale,
-                             const rd::Normaliser& normaliser, Address out, int64_t out_stride) {
-  return {at<float>(grad_out), grad_out_stride, at<float>(row_scale), normaliser, at<void>(out), out_stride};
+                             const rd::Normaliser& normaliser, Address out, int64_t out_stride, bool stream) {
+  return {at<float>(grad_out), grad_out_stride, at<float>(row_scale), normaliser, at<void>(out),
+          out_stride,          stream};
 }
 
 rd::Groups groups(Address ids, Address mask, int64_t count) {
@@ -92,8 +93,8 @@ void grouped_forward(const rd::Rows& rows, const rd::Groups& groups, const rd::c
                            threads);
 }
 
-void prefer_huge_pages(Address start, std::size_t bytes) {
-  rd::cpu::prefer_huge_pages(at<void>(start), bytes);
+py::buffer_info bytes_of(const rd::cpu::Block& block) {
+  return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.bytes()));
 }
 
 // The vector exponential of the kernels, for measuring its error: x <= 0 or NaN.
@@ -123,6 +124,11 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   py::class_<rd::Groups>(cpu, "Groups").def(py::init(&groups));
   py::class_<rd::cpu::Statistics>(cpu, "Statistics").def(py::init(&statistics));
   py::class_<rd::cpu::Update>(cpu, "Update").def(py::init(&update));
+  // The memory of a tensor: a buffer, so that the tensor made of it keeps it alive.
+  py::class_<rd::cpu::Block>(cpu, "Block", py::buffer_protocol())
+      .def(py::init<std::size_t>())
+      .def_property_readonly("fresh", &rd::cpu::Block::fresh)
+      .def_buffer(&bytes_of);
 
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   cpu.def("row_forward", &rd::cpu::row_forward, without_gil);
@@ -132,7 +138,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   cpu.def("group_update", &group_update, without_gil);
   cpu.def("row_scale", &row_scale, without_gil);
   cpu.def("grouped_forward", &grouped_forward, without_gil);
-  cpu.def("prefer_huge_pages", &prefer_huge_pages);
+  cpu.def("cached_bytes", &rd::cpu::cached_bytes);
+  cpu.def("set_cache_limit", &rd::cpu::set_cache_limit);
   cpu.def("exp", &exponentials, without_gil);
   cpu.def("isa", &isa);
   cpu.def("usable_isas", &rd::cpu::usable_isas);

@@ -27,6 +27,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`torch.nn.functional.cross_entropy` on class indices: the same numbers, shapes and dtypes.
@@ -40,6 +41,7 @@ def cross_entropy(
         reduction: "mean" (weighted mean over the targets that count; NaN if none does, as in torch), "sum",
             "none".
         label_smoothing: in [0, 1].
+        inplace_backward: as in :func:`group_dro_cross_entropy`.
         backend: "auto" or the name of a backend.
 
     Returns: a scalar, or the losses in target's shape; in input's dtype (float32 under autocast).
@@ -67,6 +69,7 @@ def cross_entropy(
     labels = canonical_labels(target, logits.shape[:-1], "target")
     check_same_device("input", input.device, target=target, weight=weight)
     rows = _rows(logits, "input")
+    _check_inplace(inplace_backward, rows, "input")
     acc = torch.float64 if rows.dtype == torch.float64 else torch.float32
     if weight is not None:
         if weight.shape != rows.shape[1:]:
@@ -77,7 +80,16 @@ def cross_entropy(
         rows.detach(), labels, weight, label_smoothing, ignore_index, name
     )
     losses = ops.RowsLoss.apply(
-        rows, row_loss, None, labels, normaliser, weight, label_smoothing, ignore_index, name
+        rows,
+        row_loss,
+        None,
+        labels,
+        normaliser,
+        weight,
+        label_smoothing,
+        ignore_index,
+        name,
+        inplace_backward,
     )
     if reduction == "none":
         result = losses.reshape(target.shape)
@@ -109,6 +121,7 @@ def group_dro_cross_entropy(
     *,
     ignore_index: int = -100,
     process_group: Any = None,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy reduced by groups and weighted by the objective, in one differentiable op.
@@ -125,22 +138,26 @@ def group_dro_cross_entropy(
         objective: :class:`ERM`, :class:`GroupDRO`.
         process_group: sums and counts are all-reduced over it before the objective, and the loss is
             multiplied by its size, to undo DDP's mean.
+        inplace_backward: the backward writes the gradient over the logits, which saves their size in memory.
+            For logits that nothing reads after the backward: autograd raises RuntimeError if another
+            operation's backward still needs them, but cannot know what your own code reads.
         backend: "auto" or the name of a backend.
 
     Returns: a scalar, float32 (float64 for float64 logits). If no labelled row is in any group it is 0 with
     zero gradient, and q stays. If a group's mean loss is not finite the loss is not finite, and q stays.
 
     Raises:
-        ValueError: shapes that do not fit, V = 0, tensors on different devices; on the CPU also labels or
-            group ids out of range. On a GPU these give loss NaN, zero gradient and an unchanged q without a
+        ValueError: shapes that do not fit, V = 0, tensors on different devices; inplace_backward with logits
+            that are a leaf or share memory between rows; on the CPU also labels or group ids out of range. On a GPU these give loss NaN, zero gradient and an unchanged q without a
             synchronisation; ``report()`` of the module raises.
         TypeError: a dtype that is not what is said above (fractional ids, for instance).
         RuntimeError: a backend named explicitly cannot serve the call; several ranks without a process group.
     """
     adjustment = _adjustment(objective, group_weights)
     return grouped_loss(
-        logits, labels, groups, group_weights, objective, adjustment, ignore_index, process_group, backend
-    ).loss
+        logits, labels, groups, group_weights, objective, adjustment, ignore_index, process_group,
+        inplace_backward, backend,
+    ).loss  # fmt: skip
 
 
 def linear_group_dro_cross_entropy(
@@ -184,6 +201,7 @@ def grouped_loss(
     adjustment: Tensor | None,
     ignore_index: int,
     process_group: Any,
+    inplace_backward: bool,
     backend: str,
 ) -> Grouped:
     """The logits op with its statistics; arguments as in :func:`group_dro_cross_entropy`."""
@@ -197,6 +215,7 @@ def grouped_loss(
     flat_labels = canonical_labels(labels, leading)
     flat_groups = canonical_groups(groups, leading, q.shape[0])
     rows = _rows(logits, "logits")
+    _check_inplace(inplace_backward, rows, "logits")
     name = select(backend, rows)
     rule = (objective.rule, objective.rate, adjustment)
     ranks = distributed.world_size(process_group)
@@ -211,7 +230,9 @@ def grouped_loss(
         loss, stats, status, scale = distributed.reduce_and_update(
             row_loss, outcome, flat_groups, q, rule, rows.shape[1], process_group, ranks, name
         )
-    loss = ops.RowsLoss.apply(rows, loss, scale, flat_labels, normaliser, None, 0.0, ignore_index, name)
+    loss = ops.RowsLoss.apply(
+        rows, loss, scale, flat_labels, normaliser, None, 0.0, ignore_index, name, inplace_backward
+    )
     return Grouped(loss, stats, status, rows.shape[1])
 
 
@@ -274,6 +295,19 @@ def _rows(logits: Tensor, argument: str) -> Tensor:
         raise ValueError(f"{argument} must have at least one class, got shape {list(logits.shape)}")
     rows = logits.reshape(-1, logits.shape[-1])
     return rows if rows.stride(1) == 1 or (rows.shape[1] == 1 and rows.is_contiguous()) else rows.contiguous()
+
+
+def _check_inplace(inplace_backward: bool, rows: Tensor, argument: str) -> None:
+    if not inplace_backward:
+        return
+    owner = rows if rows._base is None else rows._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            f"inplace_backward would write the gradient over {argument}, which is a leaf: a parameter or an input "
+            "of yours and not the result of an operation"
+        )
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(f"inplace_backward needs {argument} whose rows do not share memory")
 
 
 def _check_group_weights(q: Tensor) -> None:

@@ -26,6 +26,7 @@ class CrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         backend: str = "auto",
+        inplace_backward: bool = False,
     ):
         super().__init__()
         self.weight: Tensor | None
@@ -33,12 +34,13 @@ class CrossEntropyLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
+        self.inplace_backward = inplace_backward
         self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
             input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing,
-            backend=self.backend,
+            inplace_backward=self.inplace_backward, backend=self.backend,
         )  # fmt: skip
 
 
@@ -120,13 +122,27 @@ class GroupDROLoss(_GroupLoss):
         group_names: G different names for the report; default "0", "1", ...
         process_group: for training on several ranks; needed there.
         backend: "auto", or the name of one backend, which then must serve.
+        inplace_backward: write the gradient over the logits; see there.
     """
+
+    def __init__(
+        self,
+        num_groups: int,
+        objective: Objective | None = None,
+        ignore_index: int = -100,
+        group_names: Sequence[str] | None = None,
+        process_group: Any = None,
+        backend: str = "auto",
+        inplace_backward: bool = False,
+    ):
+        super().__init__(num_groups, objective, ignore_index, group_names, process_group, backend)
+        self.inplace_backward = inplace_backward
 
     def forward(self, logits: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
         return self._keep(
             functional.grouped_loss(
                 logits, labels, groups, self._state(), self.objective, self._adjustment, self.ignore_index,
-                self.process_group, self.backend,
+                self.process_group, self.inplace_backward, self.backend,
             )
         )  # fmt: skip
 

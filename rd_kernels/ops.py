@@ -95,6 +95,36 @@ row_backward = _register(
 )
 
 
+def _row_backward_(
+    grad_out, row_scale, logits, labels, normaliser, class_weight, label_smoothing, ignore_index, backend
+):
+    get(backend).row_backward(
+        grad_out,
+        row_scale,
+        logits,
+        labels,
+        normaliser,
+        class_weight,
+        label_smoothing,
+        ignore_index,
+        out=logits,
+    )
+
+
+def _row_backward_fake_(
+    grad_out, row_scale, logits, labels, normaliser, class_weight, label_smoothing, ignore_index, backend
+):
+    return None
+
+
+row_backward_ = _register(
+    "row_backward_(Tensor grad_out, Tensor? row_scale, Tensor(a!) logits, Tensor labels, Tensor normaliser, "
+    "Tensor? class_weight, float label_smoothing, int ignore_index, str backend) -> ()",
+    _row_backward_,
+    _row_backward_fake_,
+)
+
+
 def _group_outputs_fake(logits, q):
     loss = logits.new_empty((), dtype=_acc(logits))
     stats = logits.new_empty((4, q.shape[0] + 2), dtype=_acc(logits))
@@ -271,6 +301,8 @@ class RowsLoss(torch.autograd.Function):
     """``value`` as it is, with the gradient sum_i grad_out_i r_i d(row_loss_i) / d logits.
 
     ``value`` is the per-row loss [N] (then ``row_scale`` is None) or a scalar that weights rows by r [N].
+    ``inplace_backward`` writes the gradient over the logits; their version counter goes up, so autograd refuses
+    a later backward that needs them. Under torch.compile, which plans memory itself, it changes nothing.
     """
 
     @staticmethod
@@ -285,17 +317,25 @@ class RowsLoss(torch.autograd.Function):
         label_smoothing: float,
         ignore_index: int,
         backend: str,
+        inplace_backward: bool,
     ) -> Tensor:
         ctx.save_for_backward(logits, row_scale, labels, normaliser, class_weight)
         ctx.constants = (label_smoothing, ignore_index, backend)
+        ctx.inplace_backward = inplace_backward
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_order()
         logits, scale, labels, normaliser, class_weight = ctx.saved_tensors
-        gradient = row_backward(grad_out, scale, logits, labels, normaliser, class_weight, *ctx.constants)
-        return gradient, None, None, None, None, None, None, None, None
+        arguments = (grad_out, scale, logits, labels, normaliser, class_weight, *ctx.constants)
+        if ctx.inplace_backward and not torch.compiler.is_compiling():
+            row_backward_(*arguments)
+            torch.autograd.graph.increment_version(logits)
+            gradient = logits.detach()
+        else:
+            gradient = row_backward(*arguments)
+        return gradient, None, None, None, None, None, None, None, None, None
 
 
 class LinearRowsLoss(torch.autograd.Function):

@@ -7,20 +7,20 @@ Memory that the launcher allocates is poisoned with NaN (``poisoned``), so an el
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import rd_kernels as rd
 from rd_kernels.backends.cpu import CPUBackend
 from rd_kernels.backends.registry import BAD_LABEL, HIT, IGNORED, MISS
 
 backend = CPUBackend()
 
-# Of the largest value: three units in the last place of the exponential; half a rounding step of bfloat16.
-EPSILON = {torch.float32: 3 * 2**-23, torch.bfloat16: 2**-8}
+# Of the largest value: two units in the last place for the exponential; half a rounding step of bfloat16.
+EPSILON = {torch.float32: 2 * 2**-23, torch.bfloat16: 2**-8}
 DTYPES = [torch.float32, torch.bfloat16]
 ISAS = backend._native.usable_isas() if backend.missing() is None else ["portable"]
 VOCABULARIES = [1, 2, 127, 1000, 30522]
@@ -327,8 +327,8 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_exponential_is_within_three_ulp(isa):
-    """Every 257th float in [-87, -0] against float64; below that it is 0 (exp(-87) = 1.6e-38)."""
+def test_exponential_error_in_ulp(isa):
+    """Every 257th float in [-87, -0] against float64."""
     largest = 0.0
     for start in range(0x80000000, 0xC2AE0001, 1 << 28):
         bits = torch.arange(start, min(start + (1 << 28), 0xC2AE0001), 257) - (1 << 32)
@@ -338,9 +338,107 @@ def test_exponential_is_within_three_ulp(isa):
         exact = x.double().exp()
         ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact)[1] - 24)
         largest = max(largest, float(((result.double() - exact).abs() / ulp).max()))
-    assert largest < 3
-    x = torch.tensor([0.0, -0.0, -87.1, -104, -1e30, -torch.inf, torch.nan, -87.1, -1, torch.nan])
-    result = torch.empty_like(x)
-    backend._native.exp(x.data_ptr(), result.data_ptr(), x.numel())
-    expected = torch.tensor([1.0, 1, 0, 0, 0, 0, torch.nan, 0, math.exp(-1), torch.nan])
-    torch.testing.assert_close(result, expected, equal_nan=True, rtol=2e-7, atol=0)
+    assert largest < 1.25
+    x, result = torch.tensor([-0.0, 0.0]), torch.empty(2)
+    backend._native.exp(x.data_ptr(), result.data_ptr(), 2)
+    assert result.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probabilities_below_exp_minus_87_are_zero(isa, dtype):
+    logits = torch.tensor([[0.0, -86.5, -87.5, -104, -1e30, -torch.inf, -1, -86.5]], dtype=dtype)
+    labels = torch.zeros(1, dtype=torch.int64)
+    _, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
+    gradient = backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, -100)
+    assert torch.equal(gradient[0] == 0, torch.tensor([False, False, True, True, True, True, False, False]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", [0, 5, 63, 2047, 2048, 20000, 39999])
+def test_nan_and_infinity_anywhere_spoil_their_row_alone(isa, dtype, position):
+    """Also a NaN with a payload, whose bits survive arithmetic."""
+    for value in (
+        torch.nan,
+        torch.inf,
+        torch.tensor(0x7FBFFFFF, dtype=torch.int32).view(torch.float32).item(),
+    ):
+        logits = torch.randn(3, 40000).to(dtype)
+        logits[1, position] = value
+        labels = torch.full((3,), 7)
+        loss, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
+        assert loss.isnan().tolist() == [False, True, False]
+        gradient = backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, -100)
+        assert gradient[1].isnan().all()
+        assert not gradient[[0, 2]].isnan().any()
+
+
+class TestGradientMemory:
+    """Large gradients get memory that is used again, and only when nothing can see it any more."""
+
+    ROWS, VOCABULARY = 400, 30522  # 49 MB
+
+    @pytest.fixture(autouse=True)
+    def _empty_cache(self):
+        backend._native.set_cache_limit(0)
+        backend._native.set_cache_limit(1 << 30)
+        yield
+        backend._native.set_cache_limit(0)
+        backend._native.set_cache_limit(1 << 30)
+
+    def gradient(self, dtype=torch.float32, rows=ROWS):
+        torch.manual_seed(0)
+        logits = torch.randn(rows, self.VOCABULARY).to(dtype)
+        labels = torch.zeros(rows, dtype=torch.int64)
+        _, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
+        return backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, -100)
+
+    def test_it_is_used_again_for_the_same_numbers(self):
+        first = self.gradient()
+        address, values = first.data_ptr(), first.clone()
+        del first
+        assert backend._native.cached_bytes() >= values.nbytes
+        second = self.gradient()  # written past the cache, unlike the first
+        assert second.data_ptr() == address
+        assert torch.equal(second, values)
+        assert backend._native.cached_bytes() == 0
+
+    @pytest.mark.parametrize(
+        "hold", [lambda g: g, lambda g: g[5:7], lambda g: g.detach(), lambda g: g.numpy()]
+    )
+    def test_not_while_anything_holds_it(self, hold):
+        first = self.gradient()
+        address, held = first.data_ptr(), hold(first)
+        del first
+        second = self.gradient()
+        assert second.data_ptr() != address
+        del held
+        assert backend._native.cached_bytes() > 0
+
+    def test_another_size_and_dtype(self):
+        first = self.gradient()
+        address = first.data_ptr()
+        del first
+        assert self.gradient(rows=self.ROWS - 40).data_ptr() == address  # wastes a tenth: fits
+        assert self.gradient(torch.bfloat16, rows=2 * self.ROWS).data_ptr() == address
+        assert self.gradient(rows=2 * self.ROWS).data_ptr() != address
+
+    def test_the_limit(self):
+        backend._native.set_cache_limit(60 << 20)
+        held = [self.gradient() for _ in range(3)]
+        del held
+        assert 0 < backend._native.cached_bytes() <= 60 << 20
+        backend._native.set_cache_limit(0)
+        assert backend._native.cached_bytes() == 0
+        self.gradient()
+        assert backend._native.cached_bytes() == 0
+
+    def test_small_gradients_are_ordinary_tensors(self):
+        assert self.gradient(rows=2).untyped_storage().resizable()
+
+    def test_autograd_may_accumulate_into_it(self):
+        logits = torch.randn(self.ROWS, self.VOCABULARY, requires_grad=True)
+        labels = torch.zeros(self.ROWS, dtype=torch.int64)
+        for _ in range(2):
+            rd.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        expected = torch.autograd.grad(2 * F.cross_entropy(logits, labels, reduction="sum"), logits)[0]
+        torch.testing.assert_close(logits.grad, expected)

@@ -26,6 +26,9 @@ def arguments(backend):
             (torch.randn(5), None, logits, LABELS, rows[1], weight, 0.1, -100),
             (torch.tensor(2.0), torch.rand(5), logits, LABELS, normaliser, None, 0.0, -100),
         ],
+        "row_backward_": [
+            (torch.tensor(2.0), torch.rand(5), logits.clone(), LABELS, normaliser, None, 0.0, -100),
+        ],
         "grouped_forward": [
             (logits, LABELS, groups, q.clone(), "group_dro", 0.1, adjustment, -100),
             (logits, LABELS, mask, q.clone(), "erm", 0.0, None, -100),
@@ -44,8 +47,8 @@ def arguments(backend):
     }  # fmt: skip
 
 
-OPS = ["row_forward", "row_backward", "grouped_forward", "group_reduce", "group_update", "row_scale",
-       "reduce_and_update", "linear_forward", "linear_backward"]  # fmt: skip
+OPS = ["row_forward", "row_backward", "row_backward_", "grouped_forward", "group_reduce", "group_update",
+       "row_scale", "reduce_and_update", "linear_forward", "linear_backward"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -53,6 +53,7 @@ struct RowGradient {
   Normaliser normaliser;
   void* out;  // [N, V] in the logits' dtype; may be the logits
   int64_t out_stride;
+  bool stream;  // write past the cache: pays for a large `out` that has its pages already
 };
 
 // Groups of the rows: ids [N] (-1: in no group) or a mask [N, G]; the other is null.

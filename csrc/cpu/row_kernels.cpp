@@ -1,314 +1,373 @@
-// Cross-entropy of rows and its gradient, written once and compiled for several instruction sets: the build
-// defines RD_ISA (the namespace) and sets the flags. The loops are plain C++ that the compiler vectorises.
+// The inner loops over logits, written once and compiled for several instruction sets: the build defines
+// RD_ISA (the namespace) and sets the flags, the vectors below are as wide as those allow.
 //
 // Everything here has internal linkage and no header that defines functions is included; otherwise the linker
-// might keep this unit's copy of a shared inline function for machines that cannot run it.
+// might keep this unit's copy of a shared inline function for machines that cannot run it. (The intrinsics
+// are always inlined.)
 //
-// NaN and infinity must come out as in the textbook formula: of what -ffast-math stands for, only
-// -fno-math-errno and -fno-trapping-math are wanted.
+// NaN and infinity must come out as in the textbook formula.
 #ifdef __FAST_MATH__
 #  error "row_kernels.cpp: NaN and infinity must be kept; compile without -ffast-math"
 #endif
 
 #include "cpu/row_kernels.h"
 
-// The attribute lets GCC call the vector exp of glibc's libmvec (AVX-512, AVX2 or SSE) inside a vectorised
-// loop; Clang does so by -fveclib=libmvec. Where there is no libmvec this is the scalar expf.
-// Largest error over all floats in [-87, 0], in units of the last place: 2.64 (AVX2), 2.94 (SSE).
-extern "C" {
-#if defined(RD_HAVE_LIBMVEC) && !defined(__clang__)
-__attribute__((simd("notinbranch"), const))
+#ifdef __SSE2__
+#  include <immintrin.h>
 #endif
-float expf(float) noexcept;
-double exp(double) noexcept;
-double expm1(double) noexcept;
-double log(double) noexcept;
-}
+
+// GCC notes that it passes vectors differently than it once did (none leaves this file), and takes the
+// undefined vectors inside its own intrinsics for mistakes.
+#if defined(__GNUC__) && !defined(__clang__)
+#  pragma GCC diagnostic ignored "-Wpsabi"
+#  pragma GCC diagnostic ignored "-Wuninitialized"
+#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define RD_INLINE inline __attribute__((always_inline))
 
 namespace rd::cpu::RD_ISA {
 namespace {
 
-// A block of float32 and its bookkeeping stay in the first-level cache, so a row is read from memory once
-// although a block is walked twice.
-constexpr int64_t kBlock = 2048;
-constexpr float kInfinity = __builtin_inff();
-constexpr float kNaN = __builtin_nanf("");
+// RD_MM(max_ps) is the intrinsic of that name for vectors of this width.
+#if defined(__AVX512F__)
+#  define RD_MM(operation) _mm512_##operation
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+#  define RD_MM(operation) _mm256_##operation
+constexpr int kVectorBytes = 32;
+#else
+#  define RD_MM(operation) _mm_##operation
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
 
-// exp(x) counts as 0 below this (exp(-87) = 1.6e-38, beside a row's sum of at least 1): results stay normal
-// numbers and libmvec stays on its fast path, -inf included.
-constexpr float kSmallestExponent = -87.0f;
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
 struct BFloat16 {
   uint16_t bits;
 };
 
-float to_float(float value) { return value; }
+// Work is done in chunks of a few vectors, step by step in all of them, so that no step waits for the last.
+constexpr int kVectors = 4;
+constexpr int64_t kChunk = kVectors * kLanes;
+struct Chunk {
+  Floats v[kVectors];
+};
 
-float to_float(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, sizeof result);
+// A block stays in the first-level cache, so logits are read from memory once although they are walked twice.
+constexpr int64_t kBlock = 2048;
+static_assert(kBlock % kChunk == 0);
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNaN = __builtin_nanf("");
+constexpr int32_t kHighHalf = static_cast<int32_t>(0xffff0000);
+
+// exp(-y) is taken as exp(-87) = 1.6e-38 beyond this, which keeps results normal numbers. Beside a sum of at
+// least 1 that is nothing, and the gradient makes it the 0 that belongs to -inf.
+constexpr float kLargestExponent = 87.0f;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+RD_INLINE Floats all(float value) { return value - Floats{}; }
+
+RD_INLINE Ints bits_of(Floats value) { return reinterpret_cast<Ints>(value); }
+RD_INLINE Floats of_bits(Ints bits) { return reinterpret_cast<Floats>(bits); }
+
+// b where either is NaN. (Compilers do not see that x86 has an instruction for just that.)
+RD_INLINE Floats larger(Floats a, Floats b) {
+#ifdef __SSE2__
+  return RD_MM(max_ps)(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+RD_INLINE Floats lesser(Floats a, Floats b) {
+#ifdef __SSE2__
+  return RD_MM(min_ps)(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// memcpy, since logits need not be aligned.
+template <class Element>
+RD_INLINE Floats load(const Element* z) {
+  Floats result;
+  __builtin_memcpy(&result, z, sizeof result);
   return result;
 }
 
-void put(float value, float& out) { out = value; }
-
-// Rounds to nearest even; NaN stays NaN.
-void put(float value, BFloat16& out) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (bits >> 16) | 0x40u;
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+template <bool kStream, class Element>
+RD_INLINE void store(Floats value, Element* out) {
+#ifdef __SSE2__
+  if (kStream) return RD_MM(stream_ps)(reinterpret_cast<float*>(out), value);
+#endif
+  __builtin_memcpy(out, &value, sizeof value);
 }
 
-// Kernels compute on float32: where the logits are, or in a buffer for bfloat16. These four hide which.
-float* working_copy(float* values, float*) { return values; }
-float* working_copy(BFloat16*, float* buffer) { return buffer; }
-const float* load(const float* values, float*, int64_t) { return values; }
-void store(const float*, float*, int64_t) {}
-
-const float* load(const BFloat16* values, float* buffer, int64_t count) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) buffer[j] = to_float(values[j]);
-  return buffer;
+RD_INLINE Chunk load_chunk(const float* z) {
+  Chunk chunk;
+  for (int k = 0; k < kVectors; ++k) chunk.v[k] = load(z + k * kLanes);
+  return chunk;
 }
 
-void store(const float* results, BFloat16* out, int64_t count) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) put(results[j], out[j]);
+template <bool kStream>
+RD_INLINE void store_chunk(const Chunk& chunk, float* out) {
+  for (int k = 0; k < kVectors; ++k) store<kStream>(chunk.v[k], out + k * kLanes);
 }
 
-float exp_nonpositive(float x) {
-  const float e = expf(x < kSmallestExponent ? kSmallestExponent : x);
-  return x < kSmallestExponent ? 0.0f : e;
+// Of two neighbours the first goes to one vector and the second to the next: no bits change lanes.
+RD_INLINE Chunk load_chunk(const BFloat16* z) {
+  Chunk chunk;
+  for (int k = 0; k < kVectors; k += 2) {
+    const Ints pairs = bits_of(load(z + k * kLanes));
+    chunk.v[k] = of_bits(pairs << 16);
+    chunk.v[k + 1] = of_bits(pairs & kHighHalf);
+  }
+  return chunk;
 }
 
-// NaN is never larger: it is passed over here and shows in the sum of exponentials. Not a reduction of
-// OpenMP, because that may start from the lowest finite number, which is above -inf.
-float maximum(const float* z, int64_t count, float start) {
-  constexpr int64_t kLanes = 32;  // several vectors, so that a step does not wait for the last one
-  float lanes[kLanes];
-  for (float& lane : lanes) lane = start;
+// To nearest even, in the upper halves; what is left in the lower ones is to be dropped. (A NaN may become
+// 0.)
+RD_INLINE Ints round_to_bfloat16(Floats value) {
+  const Ints bits = bits_of(value);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+template <bool kStream>
+RD_INLINE void store_chunk(const Chunk& chunk, BFloat16* out) {
+  for (int k = 0; k < kVectors; k += 2) {
+    const Words low = reinterpret_cast<Words>(round_to_bfloat16(chunk.v[k])) >> 16;
+    const Words high = reinterpret_cast<Words>(round_to_bfloat16(chunk.v[k + 1]) & kHighHalf);
+    store<kStream>(reinterpret_cast<Floats>(low | high), out + k * kLanes);
+  }
+}
+
+// Class weights in the lanes of their logits.
+RD_INLINE Chunk load_weights(const float* w, const float*) { return load_chunk(w); }
+RD_INLINE Chunk load_weights(const float* w, const BFloat16*) {
+  Chunk chunk;
+  for (int k = 0; k < kVectors; k += 2) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      chunk.v[k][lane] = w[k * kLanes + 2 * lane];
+      chunk.v[k + 1][lane] = w[k * kLanes + 2 * lane + 1];
+    }
+  }
+  return chunk;
+}
+
+float minus_infinity(const float*) { return -kInfinity; }
+BFloat16 minus_infinity(const BFloat16*) { return {0xff80}; }
+float nan(const float*) { return kNaN; }
+BFloat16 nan(const BFloat16*) { return {0x7fc0}; }
+
+// Fewer than kChunk elements; what follows them is `fill`.
+template <class Element>
+struct Tail {
+  Element elements[kChunk];
+
+  Tail(const Element* z, int64_t count, Element fill) {
+    for (Element& element : elements) element = fill;
+    __builtin_memcpy(elements, z, static_cast<uint64_t>(count) * sizeof(Element));
+  }
+};
+
+template <class Element>
+void store_tail(const Chunk& chunk, Element* out, int64_t count) {
+  Element buffer[kChunk];
+  store_chunk<false>(chunk, buffer);
+  __builtin_memcpy(out, buffer, static_cast<uint64_t>(count) * sizeof(Element));
+}
+
+// y becomes exp(-y) for y >= 0; exactly 1 at 0, some number at NaN. By -y = n log(2) + r, |r| <= log(2)/2,
+// exp(-y) = 2^n exp(r). log(2) is split so that n times its first part is exact; the polynomial is the
+// minimax one of degree 6 with its first two coefficients held at 1 (relative error 2e-9, by Lawson's
+// algorithm).
+RD_INLINE void exponentials(Chunk& y) {
+  constexpr float kLog2E = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
+  constexpr float kCoefficients[] = {0.0013836794532835484f,
+                                     0.008374856784939766f,
+                                     0.0416682288050651550f,
+                                     0.1666641980409622200f,
+                                     0.499999910593032840f,
+                                     1.0f,
+                                     1.0f};
+  Floats n[kVectors], p[kVectors];
+  Ints exponent[kVectors];
+  for (Floats& v : y.v) v = lesser(v, all(kLargestExponent));
+  for (int k = 0; k < kVectors; ++k) n[k] = kRound - y.v[k] * kLog2E;
+  for (int k = 0; k < kVectors; ++k) exponent[k] = bits_of(n[k]) << 23;
+  for (int k = 0; k < kVectors; ++k) n[k] -= kRound;
+  for (int k = 0; k < kVectors; ++k) y.v[k] = -y.v[k] - n[k] * kLog2High;
+  for (int k = 0; k < kVectors; ++k) y.v[k] -= n[k] * kLog2Low;
+  for (Floats& v : p) v = all(kCoefficients[0]);
+  for (int degree = 1; degree < 7; ++degree) {
+    for (int k = 0; k < kVectors; ++k) p[k] = p[k] * y.v[k] + kCoefficients[degree];
+  }
+  for (int k = 0; k < kVectors; ++k) y.v[k] = of_bits(bits_of(p[k]) + exponent[k]);
+}
+
+// NaN is never larger: it is passed over here and shows in the sum of exponentials.
+template <class Element>
+float maximum(const Element* z, int64_t count, float start) {
+  Chunk largest;
+  for (Floats& v : largest.v) v = all(start);
+  const auto take = [&](const Chunk& chunk) __attribute__((always_inline)) {
+    for (int k = 0; k < kVectors; ++k) largest.v[k] = larger(chunk.v[k], largest.v[k]);
+  };
   int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) lanes[k] = z[j + k] > lanes[k] ? z[j + k] : lanes[k];
+  for (; j + kChunk <= count; j += kChunk) take(load_chunk(z + j));
+  if (j < count) take(load_chunk(Tail<Element>(z + j, count - j, minus_infinity(z)).elements));
+  for (const Floats& v : largest.v) {
+    for (int lane = 0; lane < kLanes; ++lane) start = v[lane] > start ? v[lane] : start;
   }
-  for (; j < count; ++j) lanes[0] = z[j] > lanes[0] ? z[j] : lanes[0];
-  float largest = start;
-  for (const float lane : lanes) largest = lane > largest ? lane : largest;
-  return largest;
+  return start;
 }
 
-// Sums are kept in double: float32 would lose small terms beside the 1 of the largest logit, and so the whole
-// loss of a row that is nearly certain.
-double sum_of_exponentials(const float* z, int64_t count, float shift) {
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) sum += exp_nonpositive(z[j] - shift);
+float sum_of(const Chunk& chunk) {
+  const Floats sums = (chunk.v[0] + chunk.v[1]) + (chunk.v[2] + chunk.v[3]);
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
   return sum;
 }
 
-// The same, and z replaced by the exponentials.
-double exponentiate(float* z, int64_t count, float shift) {
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) {
-    z[j] = exp_nonpositive(z[j] - shift);
-    sum += z[j];
+// sum_j exp(z_j - shift) of at most kBlock logits, in float32. Small terms would be lost beside the 1 of the
+// largest logit, and with them the whole loss of a row that is nearly certain; where the block holds that
+// logit (kSeparate) each 1 is counted apart.
+template <bool kSeparate, class Element>
+double sum_of_exponentials(const Element* z, int64_t count, float shift) {
+  Chunk sums = {}, distances = {};
+  Ints ones = {};
+  const auto add = [&](Chunk x) __attribute__((always_inline)) {
+    Ints is_one[kVectors];
+    for (Floats& v : x.v) v = shift - v;
+    for (int k = 0; k < kVectors; ++k) is_one[k] = x.v[k] == 0.0f;
+    for (int k = 0; k < kVectors; ++k) distances.v[k] += x.v[k];
+    exponentials(x);
+    for (int k = 0; k < kVectors; ++k)
+      sums.v[k] += kSeparate ? of_bits(~is_one[k] & bits_of(x.v[k])) : x.v[k];
+    for (int k = 0; k < kVectors; ++k) ones -= kSeparate ? is_one[k] : Ints{};
+  };
+  int64_t j = 0;
+  for (; j + kChunk <= count; j += kChunk) {
+    // The next block, of this row or of the one behind it: its maximum then need not wait for memory.
+    for (int64_t k = 0; k < kChunk; k += 64 / static_cast<int64_t>(sizeof(Element))) {
+      __builtin_prefetch(z + j + kBlock + k);
+    }
+    add(load_chunk(z + j));
   }
+  if (j < count) add(load_chunk(Tail<Element>(z + j, count - j, minus_infinity(z)).elements));
+  // Distances are not negative, so their sum is NaN where one of them is, and only there.
+  double sum = sum_of(sums) + 0.0 * (sum_of(distances) != sum_of(distances) ? kNaN : 0.0f);
+  for (int lane = 0; lane < kLanes; ++lane) sum += ones[lane];
   return sum;
 }
 
-// sum_j w_j (origin - z_j); w null: ones.
-double weighted_sum(const float* z, const float* w, int64_t count, float origin) {
-  double sum = 0.0;
-  if (w == nullptr) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < count; ++j) sum += origin - z[j];
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < count; ++j) sum += w[j] * (origin - z[j]);
+template <class Element>
+Scan scan(const void* logits, int64_t count) {
+  const Element* z = static_cast<const Element*>(logits);
+  Scan result = {-kInfinity, 0.0};
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t size = smaller(kBlock, count - start);
+    const float before = result.largest;
+    result.largest = maximum(z + start, size, before);
+    // Subtracting the maximum of a block that is all -inf would make NaN of it.
+    const float shift = result.largest == -kInfinity ? 0.0f : result.largest;
+    if (result.largest > before) {
+      Chunk rescale = {};
+      rescale.v[0] = all(shift - before);
+      exponentials(rescale);
+      result.sum *= rescale.v[0][0];
+      result.sum += sum_of_exponentials<true>(z + start, size, shift);
+    } else {
+      result.sum += sum_of_exponentials<false>(z + start, size, shift);
+    }
+  }
+  return result;
+}
+
+// `out` may be `z`.
+template <bool kStream, class Element>
+void gradient_of(const Element* z, Element* out, int64_t count, const Gradient& gradient) {
+  const float largest = gradient.largest, factor = gradient.factor, offset = gradient.offset;
+  const float* w = gradient.w;
+  const auto scaled_exponentials = [=](Chunk x) __attribute__((always_inline)) {
+    Ints is_zero[kVectors];
+    for (Floats& v : x.v) v = largest - v;
+    for (int k = 0; k < kVectors; ++k) is_zero[k] = x.v[k] > kLargestExponent;
+    exponentials(x);
+    for (int k = 0; k < kVectors; ++k) x.v[k] = of_bits(~is_zero[k] & bits_of(x.v[k])) * factor;
+    return x;
+  };
+  const auto subtract = [=](Chunk& x, const float* weights) __attribute__((always_inline)) {
+    Chunk weight;
+    for (Floats& v : weight.v) v = all(1.0f);
+    if (weights != nullptr) weight = load_weights(weights, z);
+    for (int k = 0; k < kVectors; ++k) x.v[k] -= offset * weight.v[k];
+  };
+  const auto some = [&](int64_t j, int64_t size) {
+    Chunk x = scaled_exponentials(load_chunk(Tail<Element>(z + j, size, minus_infinity(z)).elements));
+    if (offset != 0) subtract(x, w ? Tail<float>(w + j, size, 0.0f).elements : nullptr);
+    store_tail(x, out + j, size);
+  };
+  if (factor != factor) {  // the row holds NaN or +inf, or its weight is NaN
+    for (int64_t j = 0; j < count; ++j) out[j] = nan(z);
+    return;
+  }
+  int64_t j = 0;
+  if (kStream) {  // streamed vectors must be aligned, and only whole cache lines pay
+    const uint64_t misalignment = reinterpret_cast<uintptr_t>(out) % 64;
+    j = smaller(static_cast<int64_t>((64 - misalignment) % 64 / sizeof(Element)), count);
+    for (int64_t i = 0; i < j; i += kChunk) some(i, smaller(kChunk, j - i));
+  }
+  for (; j + kChunk <= count; j += kChunk) {
+    Chunk x = scaled_exponentials(load_chunk(z + j));
+    if (offset != 0) subtract(x, w ? w + j : nullptr);
+    store_chunk<kStream>(x, out + j);
+  }
+  if (j < count) some(j, count - j);
+}
+
+template <class Element>
+void gradient(const void* z, void* out, int64_t count, const Gradient& gradient) {
+  const auto function = gradient.stream ? gradient_of<true, Element> : gradient_of<false, Element>;
+  function(static_cast<const Element*>(z), static_cast<Element*>(out), count, gradient);
+}
+
+template <class Element>
+double smoothing_sum(const void* logits, const float* w, int64_t count, float origin) {
+  const Element* z = static_cast<const Element*>(logits);
+  double sum = 0;
+  const auto add = [&](Chunk x, const float* weights) __attribute__((always_inline)) {
+    for (Floats& v : x.v) v = origin - v;
+    if (weights != nullptr) {
+      const Chunk weight = load_weights(weights, z);
+      for (int k = 0; k < kVectors; ++k) x.v[k] *= weight.v[k];
+    }
+    sum += sum_of(x);
+  };
+  int64_t j = 0;
+  for (; j + kChunk <= count; j += kChunk) add(load_chunk(z + j), w ? w + j : nullptr);
+  for (; j < count; ++j) {
+    Chunk x = load_chunk(Tail<Element>(z + j, 1, Element{}).elements);
+    sum += (origin - x.v[0][0]) * (w ? w[j] : 1.0f);
   }
   return sum;
-}
-
-template <class Element>
-bool has_nan(const Element* z, int64_t count) {
-  for (int64_t j = 0; j < count; ++j)
-    if (to_float(z[j]) != to_float(z[j])) return true;
-  return false;
-}
-
-// Subtracting the maximum of a block that is all -inf would make NaN of it.
-float shift_for(float largest) { return largest == -kInfinity ? 0.0f : largest; }
-
-// NaN for a row that is all -inf, as for one with NaN or +inf.
-double log_of_sum(double sum, float largest) { return largest == -kInfinity ? kNaN : log(sum); }
-
-template <class Element>
-Element* row_of(void* data, int64_t stride, int64_t i) {
-  return static_cast<Element*>(data) + i * stride;
-}
-
-template <class Element>
-void fill_zero(Element* out, int64_t count) {
-  __builtin_memset(out, 0, static_cast<uint64_t>(count) * sizeof(Element));
-}
-
-// kMiss stands for every row that counts.
-Outcome outcome_by_label(const Rows& rows, int64_t i) {
-  const int64_t label = rows.labels[i];
-  if (label == rows.ignore_index) return kIgnored;
-  return label < 0 || label >= rows.vocabulary ? kBadLabel : kMiss;
-}
-
-void write_uncounted(const RowResults& results, int64_t i, Outcome outcome) {
-  results.outcome[i] = outcome;
-  const float value = outcome == kIgnored ? 0.0f : kNaN;
-  results.loss[i] = results.normaliser.maximum[i] = results.normaliser.log_sum[i] = value;
-}
-
-template <class Element>
-void forward(const Rows& rows, const Target& target, const RowResults& results, int64_t begin, int64_t end) {
-  float buffer[kBlock];
-  const int64_t vocabulary = rows.vocabulary;
-  const float* w = target.class_weight;
-  for (int64_t i = begin; i < end; ++i) {
-    if (const Outcome outcome = outcome_by_label(rows, i); outcome != kMiss) {
-      write_uncounted(results, i, outcome);
-      continue;
-    }
-    const Element* logits = row_of<Element>(rows.logits, rows.stride, i);
-    const int64_t label = rows.labels[i];
-    const float z_label = to_float(logits[label]);
-    // Smoothing sums logits relative to one of them, so that a large common offset costs no precision.
-    const float origin = z_label - z_label == 0.0f ? z_label : 0.0f;
-    float largest = -kInfinity;
-    double sum = 0.0;  // of exp(z - largest), so far
-    double smooth_sum = 0.0;
-    for (int64_t start = 0; start < vocabulary; start += kBlock) {
-      const int64_t count = smaller(kBlock, vocabulary - start);
-      const float* z = load(logits + start, buffer, count);
-      const float before = largest;
-      largest = maximum(z, count, before);
-      const float shift = shift_for(largest);
-      if (largest > before) sum *= exp_nonpositive(before - shift);
-      sum += sum_of_exponentials(z, count, shift);
-      if (target.smoothing > 0) smooth_sum += weighted_sum(z, w ? w + start : nullptr, count, origin);
-    }
-    const double log_sum = log_of_sum(sum, largest);
-    // Not (largest + log_sum) - z_label: a small loss would inherit the rounding of a large maximum.
-    double loss = log_sum + (static_cast<double>(largest) - z_label);
-    if (w != nullptr) loss *= w[label];
-    if (target.smoothing > 0) {
-      const double lse = log_sum + (static_cast<double>(largest) - origin);
-      const double smooth = target.class_weight_sum * lse + smooth_sum;
-      loss = (1 - target.smoothing) * loss + target.smoothing / static_cast<double>(vocabulary) * smooth;
-    }
-    results.loss[i] = static_cast<float>(loss);
-    results.normaliser.maximum[i] = largest;
-    results.normaliser.log_sum[i] = static_cast<float>(log_sum);
-    // NaN counts as larger than the label's logit. The sum is NaN for +inf, too.
-    const bool nan = sum != sum && has_nan(logits, vocabulary);
-    results.outcome[i] = z_label >= largest && !nan ? kHit : kMiss;
-  }
-}
-
-// Rows are walked backwards: the forward pass left the last ones in the cache.
-template <class Element>
-void backward(const Rows& rows, const Target& target, const RowGradient& gradient, int64_t begin,
-              int64_t end) {
-  float buffer[kBlock];
-  const int64_t vocabulary = rows.vocabulary;
-  const float* w = target.class_weight;
-  const double smooth = target.smoothing / static_cast<double>(vocabulary);
-  for (int64_t i = end; i-- > begin;) {
-    const Element* logits = row_of<Element>(rows.logits, rows.stride, i);
-    Element* out = row_of<Element>(gradient.out, gradient.out_stride, i);
-    float scale = gradient.grad_out ? gradient.grad_out[i * gradient.grad_out_stride] : 1.0f;
-    if (gradient.row_scale) scale *= gradient.row_scale[i];
-    // A factor of 0 wins over NaN logits.
-    if (outcome_by_label(rows, i) != kMiss || scale == 0.0f) {
-      fill_zero(out, vocabulary);
-      continue;
-    }
-    // dz_j = scale ((hard + soft) p_j - hard [j = label] - smooth w_j), p_j = exp(z_j - largest)
-    // exp(-log_sum)
-    const int64_t label = rows.labels[i];
-    const float largest = gradient.normaliser.maximum[i];
-    const double log_sum = gradient.normaliser.log_sum[i];
-    const double w_label = w ? w[label] : 1.0;
-    const double hard = (1 - target.smoothing) * w_label;
-    const double soft = smooth * target.class_weight_sum;
-    // p - 1 at the label without cancellation; taken now, as `out` may be the logits.
-    const double log_p = (static_cast<double>(to_float(logits[label])) - largest) - log_sum;
-    const double at_label = scale * (hard * expm1(log_p) + soft * exp(log_p) - smooth * w_label);
-    const float factor = static_cast<float>(scale * (hard + soft) * exp(-log_sum));
-    const float offset = static_cast<float>(scale * smooth);
-    for (int64_t start = 0; start < vocabulary; start += kBlock) {
-      const int64_t count = smaller(kBlock, vocabulary - start);
-      const float* z = load(logits + start, buffer, count);
-      float* g = working_copy(out + start, buffer);
-      if (smooth == 0) {
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) g[j] = factor * exp_nonpositive(z[j] - largest);
-      } else if (w == nullptr) {
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) g[j] = factor * exp_nonpositive(z[j] - largest) - offset;
-      } else {
-        const float* w_block = w + start;
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          g[j] = factor * exp_nonpositive(z[j] - largest) - offset * w_block[j];
-        }
-      }
-      store(g, out + start, count);
-    }
-    put(static_cast<float>(at_label), out[label]);
-  }
-}
-
-// After the first walk the row is in the second-level cache. Each exponential is computed once and kept where
-// the row was; a bfloat16 row would round it, so that has `scratch` [V].
-template <class Element>
-void softmax_minus_onehot(const Rows& rows, const RowResults& results, float* scratch, int64_t begin,
-                          int64_t end) {
-  const int64_t vocabulary = rows.vocabulary;
-  for (int64_t i = begin; i < end; ++i) {
-    Element* logits = row_of<Element>(rows.logits, rows.stride, i);
-    if (const Outcome outcome = outcome_by_label(rows, i); outcome != kMiss) {
-      write_uncounted(results, i, outcome);
-      fill_zero(logits, vocabulary);
-      continue;
-    }
-    float* row = working_copy(logits, scratch);
-    const float largest = maximum(load(logits, row, vocabulary), vocabulary, -kInfinity);
-    const int64_t label = rows.labels[i];
-    const float z_label = row[label];
-    bool nan = largest == kInfinity && has_nan(row, vocabulary);
-    const float shift = shift_for(largest);
-    const double sum = exponentiate(row, vocabulary, shift);
-    nan |= largest != kInfinity && sum != sum;
-    const double log_sum = log_of_sum(sum, largest);
-    const double loss = log_sum + (static_cast<double>(largest) - z_label);
-    const float factor = static_cast<float>(1 / sum);
-#pragma omp simd
-    for (int64_t j = 0; j < vocabulary; ++j) row[j] *= factor;
-    row[label] = static_cast<float>(expm1(-loss));
-    store(row, logits, vocabulary);
-    results.loss[i] = static_cast<float>(loss);
-    results.normaliser.maximum[i] = largest;
-    results.normaliser.log_sum[i] = static_cast<float>(log_sum);
-    results.outcome[i] = z_label >= largest && !nan ? kHit : kMiss;
-  }
 }
 
 void exponentials(const float* x, float* out, int64_t count) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) out[j] = exp_nonpositive(x[j]);
+  for (int64_t j = 0; j < count; j += kChunk) {
+    const int64_t size = smaller(kChunk, count - j);
+    Chunk chunk = load_chunk(Tail<float>(x + j, size, 0.0f).elements);
+    for (Floats& v : chunk.v) v = -v;
+    exponentials(chunk);
+    store_tail(chunk, out + j, size);
+  }
 }
 
 }  // namespace
@@ -318,9 +377,9 @@ void exponentials(const float* x, float* out, int64_t count) {
 
 extern const RowKernels kKernels = {
     RD_TEXT(RD_ISA),
-    {forward<float>, forward<BFloat16>},
-    {backward<float>, backward<BFloat16>},
-    {softmax_minus_onehot<float>, softmax_minus_onehot<BFloat16>},
+    {scan<float>, scan<BFloat16>},
+    {gradient<float>, gradient<BFloat16>},
+    {smoothing_sum<float>, smoothing_sum<BFloat16>},
     exponentials,
 };
 

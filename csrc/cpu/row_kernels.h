@@ -5,13 +5,29 @@
 
 namespace rd::cpu {
 
-// Every function works on rows [begin, end), and no row depends on another. Indexed by DType.
+// Of a stretch of logits: the largest, and sum_j exp(z_j - largest). With -inf alone the shift is 0; the sum
+// is NaN where a logit is NaN or +inf.
+struct Scan {
+  float largest;
+  double sum;
+};
+
+// dz_j = factor exp(z_j - largest) - offset w_j; w null: ones.
+struct Gradient {
+  float largest;
+  float factor;
+  float offset;
+  const float* w;
+  bool stream;  // write past the cache
+};
+
+// Indexed by DType; the untyped pointers are to elements of it. No stretch depends on another.
 struct RowKernels {
   const char* isa;
-  void (*forward[2])(const Rows&, const Target&, const RowResults&, int64_t begin, int64_t end);
-  void (*backward[2])(const Rows&, const Target&, const RowGradient&, int64_t begin, int64_t end);
-  // `scratch` [V] is used for bfloat16 only.
-  void (*softmax_minus_onehot[2])(const Rows&, const RowResults&, float* scratch, int64_t begin, int64_t end);
+  Scan (*scan[2])(const void* z, int64_t count);
+  void (*gradient[2])(const void* z, void* out, int64_t count, const Gradient& gradient);
+  // sum_j w_j (origin - z_j); w null: ones.
+  double (*smoothing_sum[2])(const void* z, const float* w, int64_t count, float origin);
   // The exponential of the kernels above, x <= 0 or NaN, so that its error can be measured.
   void (*exp)(const float* x, float* out, int64_t count);
 };

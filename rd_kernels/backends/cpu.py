@@ -19,6 +19,9 @@ __all__ = ["CPUBackend"]
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
+# From this size on malloc takes fresh memory for each tensor, so tensors get a Block that is used again.
+_LARGE = 32 << 20
+
 
 class CPUBackend(Backend):
     """C++ kernels for AVX-512, AVX2 or any CPU, chosen at run time or by RD_KERNELS_CPU_ISA."""
@@ -65,9 +68,9 @@ class CPUBackend(Backend):
         out=None,
     ):
         native = self._native
+        stream = False
         if out is None:
-            out = torch.empty(logits.shape, dtype=logits.dtype)
-            native.prefer_huge_pages(out.data_ptr(), out.nbytes)
+            out, stream = self._gradient_like(logits)
         grad_out_stride = 0 if grad_out is None or grad_out.dim() == 0 else grad_out.stride(0)
         native.row_backward(
             self._rows(logits, labels, ignore_index),
@@ -79,6 +82,7 @@ class CPUBackend(Backend):
                 self._normaliser(normaliser),
                 out.data_ptr(),
                 out.stride(0),
+                stream,
             ),
             torch.get_num_threads(),
         )
@@ -144,6 +148,14 @@ class CPUBackend(Backend):
             torch.get_num_threads(),
         )
         return loss, stats, status, scale, normaliser
+
+    def _gradient_like(self, logits: Tensor) -> tuple[Tensor, bool]:
+        """-> an unwritten tensor, and whether it is best written past the cache."""
+        if logits.numel() * logits.element_size() < _LARGE:
+            return torch.empty(logits.shape, dtype=logits.dtype), False
+        block = self._native.Block(logits.numel() * logits.element_size())
+        memory = torch.frombuffer(block, dtype=logits.dtype)
+        return memory.view(logits.shape), not block.fresh
 
     @functools.cached_property
     def _loaded(self) -> ModuleType | ImportError:
