@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,8 +101,7 @@ def cross_entropy(
     return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
 
 
-@dataclass(frozen=True)
-class Grouped:
+class Grouped(NamedTuple):
     """A grouped loss and what the report needs: ``stats`` [4, G+2], ``status`` [2]."""
 
     loss: Tensor
@@ -293,7 +291,7 @@ def _rows(logits: Tensor, argument: str) -> Tensor:
     """[..., V] -> [N, V] with unit stride along V."""
     if logits.shape[-1] == 0:
         raise ValueError(f"{argument} must have at least one class, got shape {list(logits.shape)}")
-    rows = logits.reshape(-1, logits.shape[-1])
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     return rows if rows.stride(1) == 1 or (rows.shape[1] == 1 and rows.is_contiguous()) else rows.contiguous()
 
 

@@ -32,7 +32,7 @@ def canonical_labels(labels: Tensor, leading: torch.Size, argument: str = "label
         raise ValueError(
             f"{argument} must have shape {list(leading)} to match the rows, got {list(labels.shape)}"
         )
-    return labels.reshape(-1).to(torch.int64).contiguous()
+    return _flat_int64(labels)
 
 
 def canonical_groups(groups: Tensor, leading: torch.Size, num_groups: int) -> Tensor:
@@ -57,11 +57,18 @@ def canonical_groups(groups: Tensor, leading: torch.Size, num_groups: int) -> Te
     if groups.dtype not in _INTEGER_DTYPES:
         raise TypeError(f"groups must be integer ids or a bool mask, got {groups.dtype}")
     if groups.shape == leading:
-        return groups.reshape(-1).to(torch.int64).contiguous()
+        return _flat_int64(groups)
     if len(leading) > 1 and groups.shape == (leading[0],):
         per_token = groups.reshape(leading[0], *[1] * (len(leading) - 1)).expand(leading)
-        return per_token.reshape(-1).to(torch.int64).contiguous()
+        return _flat_int64(per_token)
     allowed = [list(leading)] + ([[leading[0]]] if len(leading) > 1 else [])
     raise ValueError(
         f"groups, ids, must have shape {' or '.join(map(str, allowed))}, got {list(groups.shape)}"
     )
+
+
+def _flat_int64(values: Tensor) -> Tensor:
+    # Most often they are that already, and three calls of torch are dear beside a small batch.
+    if values.dim() == 1 and values.dtype == torch.int64 and values.is_contiguous():
+        return values
+    return values.reshape(-1).to(torch.int64).contiguous()

@@ -5,7 +5,7 @@ functions only attach a backward to values that are already there. So torch.comp
 at the top level of the graph, and a second backward through a retained graph finds everything it needs.
 
 Ops are declared with ``Library.define`` + ``impl`` and an ``autograd.Function`` outside: a call costs a
-fraction of what ``custom_op`` with ``register_autograd`` does.
+fraction of what ``custom_op`` with ``register_autograd`` does, and nothing where nobody watches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,26 @@ def _register(schema: str, implementation: Any, fake: Any) -> Any:
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rd_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.rd_kernels, name).default
+    op = getattr(torch.ops.rd_kernels, name).default
+
+    def call(tensor: Tensor, *arguments: Any) -> Any:
+        return (op if _watched(tensor) else implementation)(tensor, *arguments)
+
+    return call
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether anyone but the autograd functions below looks at the op: a compiler, a mode, a transform, a profiler.
+
+    If not, the implementation is called at once: torch's dispatcher takes 15 us to come back to Python.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 def _acc(logits: Tensor) -> torch.dtype:
