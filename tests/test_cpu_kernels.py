@@ -311,10 +311,12 @@ def test_bfloat16_ties_and_special_values(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, threads):
-    logits, labels = torch.randn(67, 9001).to(dtype), torch.randint(9001, (67,))
-    labels[::5] = -100
-    weight, scale = torch.rand(9001), torch.randn(67)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(67, 9001), (1, 300_001), (3, 70_000)])
+def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, rows, vocabulary, threads):
+    """Many rows, shared out whole, and few long ones, shared out in segments."""
+    logits, labels = torch.randn(rows, vocabulary).to(dtype), torch.randint(vocabulary, (rows,))
+    labels[1::5] = -100
+    weight, scale = torch.rand(vocabulary), torch.randn(rows)
     results = []
     for count in (1, 2, 5):
         threads(count)

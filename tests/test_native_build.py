@@ -229,6 +229,21 @@ def test_torch_and_the_kernels_share_one_openmp():
     assert len(set(re.findall(r"\S+/lib(?:gomp|omp|iomp5)\S*\.so\S*", result.stdout))) == 1
 
 
+def test_one_openmp_thread_gives_the_same_bits():
+    code = """
+import hashlib, torch, rd_kernels as rd
+torch.manual_seed(0)
+logits = torch.randn(64, 40000, requires_grad=True)
+loss_fn = rd.GroupDROLoss(4, backend="cpu")
+loss_fn(logits, torch.arange(64), torch.arange(64) % 4).backward()
+print(torch.get_num_threads())
+print(hashlib.sha256(logits.grad.numpy().tobytes() + loss_fn.group_weights.numpy().tobytes()).hexdigest())
+"""
+    results = [run_python(code, OMP_NUM_THREADS=threads) for threads in ("1", "2")]
+    assert results[0].stdout.split()[:1] == ["1"], results[0].stderr
+    assert results[0].stdout.split()[1] == results[1].stdout.split()[1]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_children_do_not_wait_for_the_parents_threads():
     """The parent ran a parallel region; a child asks for two threads and must neither hang nor differ."""
