@@ -106,7 +106,7 @@ class Contest:
         if peer.overwrites:
             self._restore()
         step = peer.build(inputs)
-        verdict = gate.judge(self._from_start(inputs, step.run), exact, eager)
+        verdict = gate.judge(self._from_start(inputs, step.run), exact, eager, peer.ours)
         row.error = str(verdict)
         if not verdict.passed:
             raise Rejected(row.error, failed=True)

@@ -1,8 +1,8 @@
 """What is timed on: a case names a problem and makes its seeded inputs. Letters: N rows, V vocabulary, D hidden,
 G groups.
 
-Another kind of case is another frozen dataclass with ``op``, ``name``, ``inputs`` and ``exact`` (see
-``LogitsCase``): the harness asks for nothing else.
+Another kind of case is another frozen dataclass with ``name``, ``rows``, ``gate_rows``, ``inputs`` and ``exact``, and
+inputs with ``leaves``, ``q``, ``cross_entropy`` and ``head``: the harness asks for nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STEP_SIZE = 0.01  # of Group DRO, everywhere in the benchmarks
@@ -37,6 +38,10 @@ class LogitsInputs:
     def leaves(self) -> tuple[Tensor, ...]:
         return (self.logits,)
 
+    def cross_entropy(self, reduction: str) -> Tensor:
+        """[N] for "none", [] for "mean", in eager PyTorch: the yardstick of the gate."""
+        return F.cross_entropy(self.logits, self.labels, reduction=reduction)
+
     def head(self, rows: int) -> LogitsInputs:
         """The same on the first rows, copied: what the gate runs on."""
         return LogitsInputs(_leaf(self.logits[:rows]), self.labels[:rows], self.ids[:rows], self.q.clone())
@@ -54,6 +59,10 @@ class LinearInputs:
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(leaf for leaf in (self.hidden, self.weight, self.bias) if leaf is not None)
+
+    def cross_entropy(self, reduction: str) -> Tensor:
+        logits = F.linear(self.hidden, self.weight, self.bias)
+        return F.cross_entropy(logits, self.labels, reduction=reduction)
 
     def head(self, rows: int) -> LinearInputs:
         return dataclasses.replace(
@@ -73,8 +82,6 @@ class LogitsCase:
     vocabulary: int
     dtype: str = "fp32"
     groups: int = 8
-
-    op = "logits"  # the peers that take part are those of this op
 
     @property
     def name(self) -> str:
@@ -106,8 +113,6 @@ class LinearCase:
     dtype: str = "fp32"
     bias: bool = True
     groups: int = 8
-
-    op = "linear"
 
     @property
     def name(self) -> str:

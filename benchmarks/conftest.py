@@ -4,8 +4,8 @@
     def test_something(measure):
         measure()
 
-Each case is run ``--repeats`` times, and each repeat runs every implementation once, so that all of them see the same
-drifts of the machine; ratios are taken within a repeat. ``quick=True`` keeps a contest in ``--quick`` runs.
+Each case is run ``--repeats`` times, and each repeat runs every implementation once (a b c d, c d a b, ...), so that all
+of them see the same drifts of the machine; ratios are taken within a repeat. ``quick=True`` keeps a contest in ``--quick`` runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench import Bench, Rejected
+from benchmarks.peers import Peer
 from benchmarks.results import save
 
 REPEATS, QUICK_REPEATS = 5, 3
@@ -47,11 +48,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     entries = [
         pytest.param((case, peer), id=f"{case.name}-{repeat}-{peer.name}")
         for case in mark.kwargs["cases"]
-        for repeat in range(repeats)  # outside the peers: a, b, c, a, b, c, ...
-        for peer in mark.kwargs["peers"]
+        for repeat in range(repeats)
+        for peer in _rotated(mark.kwargs["peers"], repeat)
         if repeat == 0 or not peer.missing(device)  # who is missing is noted once
     ]
     metafunc.parametrize("measure", entries if mark.kwargs.get("quick") or not quick else [], indirect=True)
+
+
+def _rotated(peers: tuple[Peer, ...], repeat: int) -> tuple[Peer, ...]:
+    """a b c d e, c d e a b, e a b c d, ...: memory and caches are as the predecessor left them, so let it change."""
+    start = 2 * repeat % len(peers)
+    return peers[start:] + peers[:start]
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Nothing is timed before its loss and gradients were compared with float64.
+"""Nothing is timed before its loss, q and gradients were compared with float64.
 
-The standard: an error of at most ``FACTOR`` times that of eager PyTorch in the same dtype on the same inputs, plus
-``EPSILON``. The factor leaves room for another order of summation; the epsilon for results that eager happens to hit
-exactly: a few roundings in float32, and one rounding of a gradient in 16 bits.
+The standard: an error of at most ``FACTOR`` times that of eager PyTorch in the same dtype on the same inputs, which
+leaves room for another order of summation, plus an epsilon for what eager happens to hit exactly. We hold ourselves to
+``EPSILON``: a few roundings of float32, one of 16 bits. Peers get ``PEER_EPSILON``: a float32 sum over a vocabulary of
+30522, one term after the other, is off by about sqrt(V) 2^-24 = 2^-16.5, and that is no reason to leave them out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from benchmarks.cases import Result
 
 FACTOR = 2.0
 EPSILON = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+PEER_EPSILON = {torch.float32: 2**-16, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,14 @@ def errors(result: Result, exact: Result) -> dict[str, float]:
     return measured
 
 
-def judge(result: Result, exact: Result, eager: dict[str, float]) -> Verdict:
+def judge(result: Result, exact: Result, eager: dict[str, float], ours: bool) -> Verdict:
     """``eager``: the errors of eager PyTorch on the same inputs and in the same dtype."""
-    epsilon = max(EPSILON[gradient.dtype] for gradient in result.gradients)
+    epsilon = EPSILON if ours else PEER_EPSILON
+    dtype = result.gradients[0].dtype
     measured = errors(result, exact)
-    # Loss and q are float32 in every sound implementation that has float32 accumulation; eager's bfloat16 row losses
-    # widen the first term for themselves.
+    # Loss and q have to be as good as float32; where eager rounds its row losses to 16 bits, FACTOR allows it.
     allowed = {
-        name: FACTOR * eager[name] + (epsilon if "gradient" in name else EPSILON[torch.float32])
+        name: FACTOR * eager[name] + epsilon[dtype if "gradient" in name else torch.float32]
         for name in measured
     }
     worst = max(measured, key=lambda name: measured[name] / allowed[name])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -70,9 +73,11 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
         run()
         torch.cuda.synchronize()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of freed blocks would hide what the run takes
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak VmHWM back to the present VmRSS
-    except OSError:
+    except (OSError, AttributeError):
         return None
     before = _status_kib("VmRSS")
     run()

@@ -45,7 +45,7 @@ class TorchLinearTuned(TorchLinear):
 
     def build(self, inputs: LinearInputs) -> Step:
         rows = inputs.hidden.shape[0]
-        sizes = sorted({min(size, rows) for size in (128, 256, 512, 1024, 4096)})
+        sizes = sorted({min(size, rows) for size in (128, 512, 2048)})
         # On a CPU every other policy multiplies 16-bit weight gradients in an emulated GEMM; auto knows that.
         candidates = {
             f"chunks of {size}": self._with_options(inputs, batch_chunk_size=size, chunking_method=None)
