@@ -36,10 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--result", type=Path, default=None, help="write the result file here")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "contest(cases, peers, quick=False): what a benchmark times")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if (mark := metafunc.definition.get_closest_marker("contest")) is None:
         return
