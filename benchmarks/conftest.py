@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import machine
 from benchmarks.bench import Bench, Rejected
 from benchmarks.peers import Peer
 from benchmarks.results import save
@@ -82,4 +83,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("result")
     bench = session.config.stash.get(BENCH, None)
     if path is not None and bench is not None:
+        bench.run.machine["load at the end"] = machine.load()
         save(bench.run, path)
