@@ -79,6 +79,7 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
         torch.cuda.synchronize()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     gc.collect()
+    rd_kernels.empty_cache()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of freed blocks would hide what the run takes
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak VmHWM back to the present VmRSS

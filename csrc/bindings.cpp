@@ -139,6 +139,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   cpu.def("row_scale", &row_scale, without_gil);
   cpu.def("grouped_forward", &grouped_forward, without_gil);
   cpu.def("cached_bytes", &rd::cpu::cached_bytes);
+  cpu.def("empty_cache", &rd::cpu::empty_cache);
   cpu.def("set_cache_limit", &rd::cpu::set_cache_limit);
   cpu.def("exp", &exponentials, without_gil);
   cpu.def("isa", &isa);

@@ -4,7 +4,7 @@ Importing this imports torch, but neither triton nor the native kernels: a backe
 """
 
 from rd_kernels import backends, functional
-from rd_kernels.backends import use_backend
+from rd_kernels.backends import empty_cache, use_backend
 from rd_kernels.losses import CrossEntropyLoss, GroupDROLoss, LinearGroupDROLoss
 from rd_kernels.objectives import ERM, GroupDRO
 from rd_kernels.report import GroupReport, GroupStats
@@ -20,6 +20,7 @@ __all__ = [
     "GroupStats",
     "LinearGroupDROLoss",
     "backends",
+    "empty_cache",
     "functional",
     "use_backend",
 ]

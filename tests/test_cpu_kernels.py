@@ -381,11 +381,10 @@ class TestGradientMemory:
 
     @pytest.fixture(autouse=True)
     def _empty_cache(self):
-        backend._native.set_cache_limit(0)
-        backend._native.set_cache_limit(1 << 30)
+        rd.empty_cache()
         yield
-        backend._native.set_cache_limit(0)
         backend._native.set_cache_limit(1 << 30)
+        rd.empty_cache()
 
     def gradient(self, dtype=torch.float32, rows=ROWS):
         torch.manual_seed(0)
@@ -432,6 +431,12 @@ class TestGradientMemory:
         backend._native.set_cache_limit(0)
         assert backend._native.cached_bytes() == 0
         self.gradient()
+        assert backend._native.cached_bytes() == 0
+
+    def test_empty_cache(self):
+        self.gradient()
+        assert backend._native.cached_bytes() > 0
+        rd.empty_cache()
         assert backend._native.cached_bytes() == 0
 
     def test_small_gradients_are_ordinary_tensors(self):

@@ -132,3 +132,22 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     result = run_python(code)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("0", "0"), ("100000000", "48")])
+def test_the_gradient_cache_obeys_the_environment(limit, expected):
+    code = """
+import torch, rd_kernels as rd
+logits = torch.randn(400, 30522, requires_grad=True)
+rd.functional.cross_entropy(logits, torch.arange(400)).backward()
+logits.grad = None
+from rd_kernels import _native
+print(_native.cpu.cached_bytes() >> 20)
+"""
+    assert run_python(code, RD_KERNELS_CACHE_BYTES=limit).stdout.strip() == expected
+
+
+def test_a_cache_limit_that_is_no_number_is_named():
+    code = "import torch, rd_kernels as rd; rd.functional.cross_entropy(torch.randn(2, 3), torch.arange(2))"
+    result = run_python(code, RD_KERNELS_CACHE_BYTES="1GB")
+    assert "RD_KERNELS_CACHE_BYTES must be a number of bytes, 0 for no cache, got '1GB'" in result.stderr

@@ -53,7 +53,7 @@ class Cache {
 #endif
     waiting_.push_back(pages);
     held_ += pages.capacity;
-    trim();
+    trim(limit_);
   }
 
   std::size_t held() {
@@ -64,12 +64,17 @@ class Cache {
   void set_limit(std::size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     limit_ = bytes;
-    trim();
+    trim(limit_);
+  }
+
+  void empty() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    trim(0);
   }
 
  private:
-  void trim() {
-    while (held_ > limit_) {
+  void trim(std::size_t bytes) {
+    while (held_ > bytes) {
       held_ -= waiting_.front().capacity;
       std::free(waiting_.front().data);
       waiting_.pop_front();
@@ -100,6 +105,8 @@ Block::Block(std::size_t bytes) : bytes_(bytes), capacity_((bytes + kHugePage - 
 Block::~Block() { cache().keep({data_, capacity_}); }
 
 std::size_t cached_bytes() { return cache().held(); }
+
+void empty_cache() { cache().empty(); }
 
 void set_cache_limit(std::size_t bytes) { cache().set_limit(bytes); }
 

@@ -28,6 +28,9 @@ class Block {
 
 std::size_t cached_bytes();
 
+// Gives back what waits.
+void empty_cache();
+
 // What waiting blocks may hold together; the oldest are given back beyond that. 0 turns waiting off.
 void set_cache_limit(std::size_t bytes);
 

@@ -1,13 +1,15 @@
 """Launches the native CPU kernels: allocates what they write and passes addresses. No mathematics here.
 
 ``rd_kernels._native`` is loaded when the backend is first asked whether it is there. The number of threads is
-torch's (``torch.set_num_threads``); results do not depend on it. Letters: N rows, V vocabulary, G groups.
+torch's (``torch.set_num_threads``); results do not depend on it. Large gradients are put into memory that earlier
+ones left, of which RD_KERNELS_CACHE_BYTES are kept (default 1 GiB). Letters: N rows, V vocabulary, G groups.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 from types import ModuleType
 
 import torch
@@ -18,6 +20,8 @@ from rd_kernels.backends.registry import Backend
 __all__ = ["CPUBackend"]
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+CACHE_VARIABLE = "RD_KERNELS_CACHE_BYTES"
 
 # From this size on malloc takes fresh memory for each tensor, so tensors get a Block that is used again.
 _LARGE = 32 << 20
@@ -156,12 +160,20 @@ class CPUBackend(Backend):
         memory = torch.frombuffer(block, dtype=logits.dtype)
         return memory.view(logits.shape), not block.fresh
 
+    def empty_cache(self) -> None:
+        self._native.empty_cache()
+
     @functools.cached_property
     def _loaded(self) -> ModuleType | ImportError:
         try:
-            return importlib.import_module("rd_kernels._native").cpu
+            native = importlib.import_module("rd_kernels._native").cpu
         except ImportError as error:
             return error
+        if (limit := os.environ.get(CACHE_VARIABLE)) is not None:
+            if not limit.isdecimal():
+                raise ValueError(f"{CACHE_VARIABLE} must be a number of bytes, 0 for no cache, got {limit!r}")
+            native.set_cache_limit(int(limit))
+        return native
 
     @functools.cached_property
     def _native(self):

@@ -16,7 +16,16 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "available", "get", "select", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT_VARIABLE",
+    "Backend",
+    "available",
+    "empty_cache",
+    "get",
+    "select",
+    "use_backend",
+]
 
 ENVIRONMENT_VARIABLE = "RD_KERNELS_BACKEND"
 
@@ -48,6 +57,9 @@ class Backend:
     def refuses(self, logits: Tensor) -> str | None:
         """Why this backend cannot serve these logits (device, dtype); None if it can."""
         raise NotImplementedError
+
+    def empty_cache(self) -> None:
+        """Give back memory that is kept for later tensors."""
 
     def row_forward(
         self,
@@ -164,6 +176,17 @@ def get(name: str) -> Backend:
 def available() -> dict[str, str | None]:
     """Each backend's name and what it lacks on this machine; None where it can be used."""
     return {name: get(name).missing() for name in BACKENDS}
+
+
+def empty_cache() -> None:
+    """Give the memory that backends keep for later gradients back to the system.
+
+    The CPU backend keeps up to 1 GiB (RD_KERNELS_CACHE_BYTES), of which the system takes what it needs anyway.
+    What a GPU keeps is torch's: ``torch.cuda.empty_cache()``.
+    """
+    for name in BACKENDS:
+        if name != "triton" and get(name).missing() is None:
+            get(name).empty_cache()
 
 
 _forced: ContextVar[str | None] = ContextVar("rd_kernels_backend", default=None)
