@@ -78,25 +78,19 @@ def cross_entropy(
     row_loss, normaliser, _ = ops.row_forward(
         rows.detach(), labels, weight, label_smoothing, ignore_index, name
     )
-    losses = ops.RowsLoss.apply(
-        rows,
-        row_loss,
-        None,
-        labels,
-        normaliser,
-        weight,
-        label_smoothing,
-        ignore_index,
-        name,
-        inplace_backward,
-    )
-    if reduction == "none":
-        result = losses.reshape(target.shape)
-    elif reduction == "sum":
-        result = losses.sum()
-    else:
+    value, divisor = row_loss, None
+    if reduction != "none":
+        value = row_loss.sum()
+    if reduction == "mean":
         counted = labels != ignore_index
-        result = losses.sum() / (counted.sum() if weight is None else _total_weight(weight, labels, counted))
+        divisor = counted.sum() if weight is None else _total_weight(weight, labels, counted)
+        value = value / divisor
+    result = ops.RowsLoss.apply(
+        rows, value, None, divisor, labels, normaliser, weight, label_smoothing, ignore_index, name,
+        inplace_backward,
+    )  # fmt: skip
+    if reduction == "none":
+        result = result.reshape(target.shape)
     # torch computes this loss in float32 under autocast and in the input's dtype elsewhere.
     return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
 
@@ -229,7 +223,7 @@ def grouped_loss(
             row_loss, outcome, flat_groups, q, rule, rows.shape[1], process_group, ranks, name
         )
     loss = ops.RowsLoss.apply(
-        rows, loss, scale, flat_labels, normaliser, None, 0.0, ignore_index, name, inplace_backward
+        rows, loss, scale, None, flat_labels, normaliser, None, 0.0, ignore_index, name, inplace_backward
     )
     return Grouped(loss, stats, status, rows.shape[1])
 

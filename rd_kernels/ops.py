@@ -73,8 +73,8 @@ def _row_forward(logits, labels, class_weight, label_smoothing, ignore_index, ba
     row_loss, normaliser, outcome = get(backend).row_forward(
         logits, labels, class_weight, label_smoothing, ignore_index
     )
-    if logits.device.type == "cpu" and (bad := int((outcome == BAD_LABEL).sum())):
-        raise_if_bad(torch.tensor([bad, 0]), logits.shape[1], None)
+    if logits.device.type == "cpu" and outcome.numel() and outcome.max() == BAD_LABEL:
+        raise_if_bad(torch.stack([(outcome == BAD_LABEL).sum(), torch.tensor(0)]), logits.shape[1], None)
     return row_loss, normaliser, outcome
 
 
@@ -319,7 +319,8 @@ def _refuse_second_order() -> None:
 class RowsLoss(torch.autograd.Function):
     """``value`` as it is, with the gradient sum_i grad_out_i r_i d(row_loss_i) / d logits.
 
-    ``value`` is the per-row loss [N] (then ``row_scale`` is None) or a scalar that weights rows by r [N].
+    ``value`` is the per-row loss [N], or a scalar that weights rows by r = ``row_scale`` [N] (None: 1), all of it
+    divided by ``divisor``.
     ``inplace_backward`` writes the gradient over the logits; their version counter goes up, so autograd refuses
     a later backward that needs them. Under torch.compile, which plans memory itself, it changes nothing.
     """
@@ -330,6 +331,7 @@ class RowsLoss(torch.autograd.Function):
         logits: Tensor,  # [N, V]
         value: Tensor,  # [] or [N] acc
         row_scale: Tensor | None,  # [N] acc
+        divisor: Tensor | None,  # [] acc or int64
         labels: Tensor,  # [N]
         normaliser: Tensor,  # [2, N] acc
         class_weight: Tensor | None,  # [V] acc
@@ -338,7 +340,7 @@ class RowsLoss(torch.autograd.Function):
         backend: str,
         inplace_backward: bool,
     ) -> Tensor:
-        ctx.save_for_backward(logits, row_scale, labels, normaliser, class_weight)
+        ctx.save_for_backward(logits, row_scale, divisor, labels, normaliser, class_weight)
         ctx.constants = (label_smoothing, ignore_index, backend)
         ctx.inplace_backward = inplace_backward
         return value.view_as(value)
@@ -346,7 +348,9 @@ class RowsLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_order()
-        logits, scale, labels, normaliser, class_weight = ctx.saved_tensors
+        logits, scale, divisor, labels, normaliser, class_weight = ctx.saved_tensors
+        if divisor is not None:
+            grad_out = grad_out / divisor
         arguments = (grad_out, scale, logits, labels, normaliser, class_weight, *ctx.constants)
         if ctx.inplace_backward and not torch.compiler.is_compiling():
             row_backward_(*arguments)
@@ -354,7 +358,7 @@ class RowsLoss(torch.autograd.Function):
             gradient = logits.detach()
         else:
             gradient = row_backward(*arguments)
-        return gradient, None, None, None, None, None, None, None, None, None
+        return (gradient, *[None] * 10)
 
 
 class LinearRowsLoss(torch.autograd.Function):
