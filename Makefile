@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench wheel clean
+.PHONY: help demo test test-slow lint format bench bench-quick bench-compare wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,8 +43,21 @@ format: $(STAMP) ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
 
-bench: $(STAMP) ## time the op beside torch on this machine
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
+# A run leaves .benchmarks/latest.json and plots; a failed test still gets its table.
+RESULT     := .benchmarks/latest.json
+BENCH_ARGS ?=
+TOLERANCE  ?= 0.15
+MEASURE     = $(BIN)/python -m pytest benchmarks -q -rfEx --benchmark-quiet --result $(RESULT) $(BENCH_ARGS)
+REPORT      = $(BIN)/python -m benchmarks.report
+
+bench: $(STAMP) ## time everything beside its peers (12 min on 2 cores); table, plots, result file
+	$(MEASURE); status=$$?; $(REPORT) table $(RESULT) && $(REPORT) plot $(RESULT) && exit $$status
+
+bench-quick: $(STAMP) ## the headline cases only (2 min)
+	$(MEASURE) --quick; status=$$?; $(REPORT) table $(RESULT) && $(REPORT) plot $(RESULT) && exit $$status
+
+bench-compare: $(STAMP) ## ratios of RESULT (default: the last run) against BASELINE=benchmarks/results/...json
+	$(REPORT) compare $(BASELINE) $(RESULT) --tolerance $(TOLERANCE)
 
 wheel: ## build a wheel for this Python into dist/
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .

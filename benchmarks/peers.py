@@ -1,0 +1,186 @@
+"""The implementations that are timed: one small class each, with its best settings.
+
+None but ours has Group DRO, so the others return row losses, and ``group_dro`` below is written on top of them as
+people write it. To add one: subclass ``Peer``, give it a ``name`` and ``row_losses``, say in
+``missing`` what it needs, and add it to the list of a benchmark module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rd_kernels as rd
+from benchmarks.cases import STEP_SIZE, LinearInputs, LogitsInputs, Result
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step ready to be timed, and what was chosen for it (a chunk size, a compile mode)."""
+
+    run: Callable[[], Result]
+    note: str = ""
+
+
+class Peer:
+    """One implementation. An instance has no state; everything of a case is made by ``build``."""
+
+    name: str
+    ours = False  # ours must pass the gate; a peer that fails it is reported
+    groups = True  # False: a plain mean over the rows, without Group DRO
+    gated = True  # False: a floor, which computes no loss
+    overwrites = (
+        False  # the step destroys the logits: they are restored before each round, outside the timing
+    )
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    package: str | None = None  # what must be installed
+
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run here; None if it can."""
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return None
+
+    def refuses(self, case: Any) -> str | None:
+        """Why it cannot serve this case; None if it can."""
+        return None
+
+    def build(self, inputs: Any) -> Step:
+        """Compile, tune, warm up: nothing here is timed."""
+        return Step(lambda: self.step(inputs))
+
+    def step(self, inputs: Any, *options: Any) -> Result:
+        """Forward, update of ``inputs.q`` in place, backward. ``options``: what ``build`` chose."""
+        return differentiated(self.loss(inputs, *options), inputs, self.groups)
+
+    def loss(self, inputs: Any, *options: Any) -> Tensor:
+        row_losses = self.row_losses(inputs, *options)
+        return group_dro(row_losses, inputs.ids, inputs.q) if self.groups else row_losses.mean()
+
+    def row_losses(self, inputs: Any, *options: Any) -> Tensor:
+        """[N], or [] for a plain mean"""
+        raise NotImplementedError
+
+
+def differentiated(loss: Tensor, inputs: Any, groups: bool) -> Result:
+    gradients = torch.autograd.grad(loss, inputs.leaves)
+    return Result(loss.detach(), gradients, inputs.q if groups else None)
+
+
+def group_dro(row_losses: Tensor, ids: Tensor, q: Tensor) -> Tensor:
+    """Online Group DRO in eager PyTorch: losses [N], ids [N] -> loss []; q [G] is updated in place, in log space."""
+    row_losses = row_losses.float()
+    sums = torch.zeros_like(q).index_add(0, ids, row_losses)
+    counts = torch.zeros_like(q).index_add(0, ids, torch.ones_like(row_losses))
+    means = sums / counts.clamp(min=1)
+    q.copy_(torch.softmax(q.log() + STEP_SIZE * means.detach(), 0))
+    return torch.dot(q, means)
+
+
+def fastest(candidates: Mapping[str, Callable[[], Result]]) -> Step:
+    """Run each to warm it, then for the clock (a fast one several times); the note says which won."""
+    seconds = {}
+    for name, run in candidates.items():
+        run()
+        seconds[name] = _seconds(run)
+        if seconds[name] < 0.5:
+            seconds[name] = min(_seconds(run) for _ in range(3))
+    best = min(seconds, key=seconds.__getitem__)
+    return Step(candidates[best], best)
+
+
+def _seconds(run: Callable[[], Result]) -> float:
+    start = time.perf_counter()
+    if run().loss.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Eager(Peer):
+    name = "torch eager"
+
+    def row_losses(self, inputs: Any) -> Tensor:
+        return inputs.cross_entropy("none")
+
+
+class EagerMean(Eager):
+    name = "torch eager, plain mean"
+    groups = False
+
+    def loss(self, inputs: Any) -> Tensor:
+        return inputs.cross_entropy("mean")
+
+
+class Compiled(Eager):
+    name = "torch.compile"
+    modes: tuple[str, ...] = ("default",)
+
+    def build(self, inputs: Any) -> Step:
+        # A peer is built once for each case: without the reset its shapes would become dynamic.
+        torch.compiler.reset()
+        compiled = {
+            mode: torch.compile(self.loss, fullgraph=True, dynamic=False, mode=mode) for mode in self.modes
+        }
+        return fastest(
+            {
+                mode: lambda loss=loss: differentiated(loss(inputs), inputs, self.groups)
+                for mode, loss in compiled.items()
+            }
+        )
+
+
+class Ours(Peer):
+    name = "rd_kernels"
+    ours = True
+    backend = "auto"
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def missing(self, device: str) -> str | None:
+        known = inspect.signature(rd.functional.group_dro_cross_entropy).parameters
+        unknown = [option for option in self.options if option not in known]
+        return f"this version has no {unknown[0]}" if unknown else super().missing(device)
+
+    def loss(self, inputs: LogitsInputs) -> Tensor:
+        return rd.functional.group_dro_cross_entropy(
+            inputs.logits, inputs.labels, inputs.ids, inputs.q, rd.GroupDRO(STEP_SIZE), backend=self.backend,
+            **self.options,
+        )  # fmt: skip
+
+
+class OursInPlace(Ours):
+    name = "rd_kernels, in place"
+    options = MappingProxyType({"inplace_backward": True})
+    overwrites = True
+
+
+class OursReference(Ours):
+    name = "rd_kernels, reference backend"
+    backend = "reference"
+
+
+class OursMean(Ours):
+    name = "rd_kernels, plain mean"
+    groups = False
+
+    def loss(self, inputs: LogitsInputs) -> Tensor:
+        return rd.functional.cross_entropy(inputs.logits, inputs.labels)
+
+
+class OursLinear(Ours):
+    """With the default ``memory_budget``."""
+
+    def loss(self, inputs: LinearInputs) -> Tensor:
+        return rd.functional.linear_group_dro_cross_entropy(
+            inputs.hidden, inputs.weight, inputs.labels, inputs.ids, inputs.q, rd.GroupDRO(STEP_SIZE),
+            bias=inputs.bias, backend=self.backend, **self.options,
+        )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Reads result files: ``python -m benchmarks.report table|plot|markdown|compare --help``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import plots
+from benchmarks.machine import file_name
+from benchmarks.results import Row, Run, compare, load, ratio
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Tables, plots and comparisons of result files."
+)
+RESULT = Path(".benchmarks/latest.json")  # where `make bench` leaves its result
+Result = Annotated[Path, typer.Argument(help="A result file.", exists=True, dir_okay=False)]
+COLUMNS = "{:<46} {:>11} {:>21} {:>9} {:>9}  {}"
+
+
+@app.command()
+def table(result: Result = RESULT) -> None:
+    """Print every case: time, ratios within the run with [smallest, largest] over the repeats, memory, gate."""
+    run = load(result)
+    for key, value in {**run.machine, **run.rates}.items():
+        if value is not None:
+            typer.echo(f"{key}: {value}")
+    for case in run.cases:
+        typer.echo("\n" + "\n".join(case_lines(run, case)))
+    typer.echo(f"\nStore it as benchmarks/results/{file_name(run.machine)}")
+
+
+@app.command()
+def plot(result: Result = RESULT, out: Annotated[Path, typer.Option(help="Folder.")] = RESULT.parent) -> None:
+    """Write ``speed.png`` (who is how fast, case by case) and ``shapes.png`` (how far from the floor)."""
+    for path in plots.write(load(result), out):
+        typer.echo(path)
+
+
+@app.command()
+def markdown(
+    result: Result = RESULT,
+    case: Annotated[list[str] | None, typer.Option(help="A case's name; may be repeated.")] = None,
+) -> None:
+    """Print the README's table: implementations by cases, time and ratio to ours. By default all cases."""
+    run = load(result)
+    cases = [name for name in run.cases if not case or name in case]
+    names = dict.fromkeys(name for key in cases for name in run.cases[key])
+    typer.echo("| | " + " | ".join(cases) + " |")
+    typer.echo("|---" * (len(cases) + 1) + "|")
+    for name in names:
+        cells = [_cell(run, key, run.cases[key].get(name)) for key in cases]
+        if any(cells):
+            typer.echo(f"| {name} | " + " | ".join(cells) + " |")
+
+
+@app.command(name="compare")
+def compare_command(
+    baseline: Annotated[Path, typer.Argument(help="A stored result file.", exists=True, dir_okay=False)],
+    result: Result = RESULT,
+    tolerance: Annotated[
+        float, typer.Option(help="How much slower than everything else ours may become.")
+    ] = 0.15,
+) -> None:
+    """Compare our ratios to the peers and floors with a stored run's. Exits with 1 on a regression."""
+    stored, fresh = load(baseline), load(result)
+    changes = list(compare(stored, fresh))
+    if not changes:
+        raise typer.BadParameter(f"{baseline} and {result} have no case of ours in common")
+    regressions = 0
+    for change in changes:
+        bad = change.factor is None or change.factor > 1 + tolerance
+        regressions += bad
+        verdict = change.reason if change.factor is None else f"{100 * (change.factor - 1):+.0f}% time"
+        typer.echo(f"{'REGRESSION' if bad else 'ok':<11} {change.case:<40} {change.name:<30} {verdict}")
+    left_out = [case for case in stored.cases if case not in fresh.cases]
+    if left_out:
+        typer.echo(f"not in {result}: {', '.join(left_out)}")
+    if regressions:
+        typer.echo(f"{regressions} of {len(changes)} slower by more than {100 * tolerance:.0f}%, or gone")
+        raise typer.Exit(1)
+
+
+def case_lines(run: Run, case: str) -> list[str]:
+    """The table of one case, fastest first; then who was not timed and why."""
+    base = run.base(case)
+    base_name = base.name if base else "ours"
+    lines = [COLUMNS.format(case, "time", f"/ {base_name}", "/ floor", "peak MiB", "note").rstrip()]
+    lines.append("-" * len(lines[0]))
+    for row in sorted(run.timed(case).values(), key=lambda row: row.median):
+        floor = run.floor(case, row)
+        lines.append(
+            COLUMNS.format(
+                row.name,
+                duration(row.median),
+                str(ratio(row, base)) if base else "",
+                f"{ratio(row, floor).median:.2f}" if floor else "",
+                "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+                row.note,
+            ).rstrip()
+        )
+    for row in run.cases[case].values():
+        if row.rejected:
+            lines.append(f"{row.name:<46} {'FAILED' if row.failed else 'not timed'}: {row.rejected}")
+    return lines + group_costs(run, case)
+
+
+def group_costs(run: Run, case: str) -> list[str]:
+    """What Group DRO adds to an implementation's own plain mean."""
+    rows = run.timed(case)
+    return [
+        f"Group DRO on top of the plain mean, {name}: time x {ratio(row, mean)}"
+        for name, row in rows.items()
+        if (mean := rows.get(f"{name}, plain mean")) is not None
+    ]
+
+
+def duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.1f} us"
+    return f"{1e3 * seconds:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def _cell(run: Run, case: str, row: Row | None) -> str:
+    if row is None or not (row.seconds or row.failed):
+        return ""
+    if row.failed:
+        return "fails the gate"
+    base = run.base(case)
+    return f"{duration(row.median)}" + (f" ({ratio(row, base).median:.2f})" if base else "")
+
+
+if __name__ == "__main__":
+    app()
