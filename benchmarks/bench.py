@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from benchmarks.peers import Eager, EagerMean, Peer, Step
 from benchmarks.results import Row, Run
 
 SECONDS = 0.3  # of timing for one implementation in one repeat; a step slower than that is timed once
+BLOCKS, INTERLEAVED_SECONDS = 5, 1.5  # of a case whose implementations take turns step by step
 YARDSTICKS = {True: Eager(), False: EagerMean()}  # with Group DRO, and as a plain mean
 
 
@@ -44,8 +46,28 @@ class Bench:
             gc.collect()
             self._contest = Contest(case, self.device)
         kind = "floor" if isinstance(peer, Floor) else "ours" if peer.ours else "peer"
-        row = self.run.row(case.name, Row(peer.name, kind, peer.overwrites))
+        row = self.run.row(
+            case.name, Row(peer.name, kind, peer.overwrites, tokens=getattr(case, "tokens", None))
+        )
         self._contest.measure(benchmark, peer, row)
+
+    def interleave(self, case: Any, peers: Sequence[Peer]) -> None:
+        """Time ``peers`` step by step in turn, for differences of a few per cent. Raises ``Rejected``."""
+        self._contest = None
+        gc.collect()
+        contest = Contest(case, self.device)
+        rows = [self.run.row(case.name, Row(peer.name, "ours" if peer.ours else "peer")) for peer in peers]
+        steps = [contest.admit(peer, row).run for peer, row in zip(peers, rows, strict=True)]
+        turn = sum(_seconds(step) for step in steps)
+        turns = min(50, max(3, round(INTERLEAVED_SECONDS / BLOCKS / turn)))
+        for _ in range(BLOCKS):
+            seconds: list[list[float]] = [[] for _ in steps]
+            for number in range(turns):
+                order = range(len(steps)) if number % 2 else reversed(range(len(steps)))
+                for index in order:
+                    seconds[index].append(_seconds(steps[index]))
+            for row, own in zip(rows, seconds, strict=True):
+                row.seconds.append(float(f"{statistics.median(own):.4g}"))
 
 
 class Contest:
@@ -64,7 +86,7 @@ class Contest:
         """Add one repeat's median to ``row``; the first time also what was found on the way there."""
         if peer.name not in self._steps:
             try:
-                self._steps[peer.name] = self._admit(peer, row)
+                self._steps[peer.name] = self.admit(peer, row)
             except Rejected as rejected:
                 row.rejected, row.failed = str(rejected), rejected.failed
                 self._steps[peer.name] = rejected
@@ -79,7 +101,8 @@ class Contest:
         if benchmark.stats is not None:  # it is under --benchmark-disable
             row.seconds.append(float(f"{benchmark.stats.stats.median:.4g}"))
 
-    def _admit(self, peer: Peer, row: Row) -> Step:
+    def admit(self, peer: Peer, row: Row) -> Step:
+        """Gate it and find its memory, into ``row``. Raises ``Rejected``."""
         if reason := peer.missing(self.device) or peer.refuses(self.case):
             raise Rejected(reason, failed=False)
         try:
@@ -140,6 +163,12 @@ class Contest:
             if self._pristine is None:
                 self._pristine = self.inputs.logits.detach().clone()
             self.inputs.logits.copy_(self._pristine)
+
+
+def _seconds(run: Callable[[], Result]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def schedule(seconds: float, one_by_one: bool) -> dict[str, int]:

@@ -99,7 +99,7 @@ class LogitsCase:
 
     def exact(self, inputs: LogitsInputs, groups: bool) -> Result:
         """The step in float64 by formula, with Group DRO or as a plain mean."""
-        loss, gradient, q = _exact_rows(inputs.logits.detach().double(), inputs, groups)
+        loss, gradient, q = exact_rows(inputs.logits.detach().double(), inputs, groups)
         return Result(loss, (gradient,), q)
 
 
@@ -141,7 +141,7 @@ class LinearCase:
         logits = hidden @ weight.T
         if inputs.bias is not None:
             logits += inputs.bias.detach().double()
-        loss, gradient, q = _exact_rows(logits, inputs, groups)
+        loss, gradient, q = exact_rows(logits, inputs, groups)
         gradients = (gradient @ weight, gradient.T @ hidden)
         return Result(loss, gradients if inputs.bias is None else (*gradients, gradient.sum(0)), q)
 
@@ -161,7 +161,7 @@ def _targets(
     return labels.to(device), ids.to(device), (q / q.sum()).to(device)
 
 
-def _exact_rows(
+def exact_rows(
     logits: Tensor,  # [N, V] float64
     inputs: LogitsInputs | LinearInputs,
     groups: bool,

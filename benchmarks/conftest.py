@@ -59,16 +59,21 @@ def _rotated(peers: tuple[Peer, ...], repeat: int) -> tuple[Peer, ...]:
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, benchmark) -> Callable[[], None]:
-    """Time this test's implementation in this test's case, once more."""
+def bench(request: pytest.FixtureRequest) -> Bench:
     stash = request.config.stash
     if BENCH not in stash:
         stash[BENCH] = Bench(request.config.getoption("device"))
+    return stash[BENCH]
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, bench: Bench, benchmark) -> Callable[[], None]:
+    """Time this test's implementation in this test's case, once more."""
     case, peer = request.param
 
     def run() -> None:
         try:
-            stash[BENCH].measure(benchmark, case, peer)
+            bench.measure(benchmark, case, peer)
         except Rejected as rejected:
             if not rejected.failed:
                 pytest.skip(str(rejected))

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
+from benchmarks import growth
 from benchmarks.results import Run, ratio
 
 COLOURS = {"ours": "tab:green", "peer": "tab:blue", "floor": "tab:grey"}
@@ -18,12 +19,19 @@ COLOURS = {"ours": "tab:green", "peer": "tab:blue", "floor": "tab:grey"}
 def write(run: Run, folder: Path) -> list[Path]:
     """-> the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [_speed(run, folder / "speed.png"), _shapes(run, folder / "shapes.png")]
+    return [
+        _speed(run, folder / "speed.png"),
+        _shapes(run, folder / "shapes.png"),
+        *growth.plot(run, folder / "growth.png"),
+    ]
 
 
 def _speed(run: Run, path: Path) -> Path:
     """Bars: time relative to ours, with the range over the repeats, in every case with a peer."""
-    cases = [case for case in run.cases if run.base(case) and len(run.timed(case)) > 1]
+    of_growth = {case for points in growth.lines(run).values() for case in points.values()}
+    cases = [
+        case for case in run.cases if run.base(case) and len(run.timed(case)) > 1 and case not in of_growth
+    ]
     columns = 2
     lines = max(1, math.ceil(len(cases) / columns))
     figure, axes = plt.subplots(lines, columns, figsize=(15, 3 * lines), squeeze=False, layout="constrained")

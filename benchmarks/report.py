@@ -97,13 +97,18 @@ def case_lines(run: Run, case: str) -> list[str]:
                 str(ratio(row, base)) if base else "",
                 f"{ratio(row, floor).median:.2f}" if floor else "",
                 "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
-                row.note,
+                _note(row),
             ).rstrip()
         )
     for row in run.cases[case].values():
         if row.rejected:
             lines.append(f"{row.name:<46} {'FAILED' if row.failed else 'not timed'}: {row.rejected}")
     return lines + group_costs(run, case)
+
+
+def _note(row: Row) -> str:
+    speed = "" if row.tokens is None else f"{row.tokens / row.median:,.0f} tokens/s"
+    return ", ".join(filter(None, (speed, row.note)))
 
 
 def group_costs(run: Run, case: str) -> list[str]:

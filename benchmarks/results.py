@@ -24,6 +24,7 @@ class Row:
     error: str = ""  # what the gate found
     peak_mib: float | None = None
     note: str = ""
+    tokens: int | None = None  # of a step, where a step has tokens
     rejected: str = ""  # why it was not timed
     failed: bool = False  # rejected by the gate or by its own error; otherwise it is missing here
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from robustdebias import bert
+
 __all__ = [
     "ADAPTERS",
     "HeadInputs",
@@ -122,14 +124,6 @@ _ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 Adapter = Callable[[Any, dict[str, Tensor], Tensor], tuple[Tensor, "Tensor | None", "Tensor | None"]]
 
 
-def _bert(
-    model: Any, inputs: dict[str, Tensor], positions: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    predictions = model.cls.predictions
-    encoded = model.bert(**inputs).last_hidden_state.flatten(0, 1)  # [B T, D]
-    return predictions.transform(encoded[positions]), predictions.decoder.weight, predictions.decoder.bias
-
-
 def _full_logits(
     model: Any, inputs: dict[str, Tensor], positions: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -146,7 +140,7 @@ def _full_logits(
 # To support another architecture, add its `config.model_type` here with a function that takes the model, the
 # encoder's inputs and the labelled positions [M] of the flattened batch, and returns what the decoder is applied
 # to [M, D], the decoder's weight [V, D] and its bias [V] or None.
-ADAPTERS: dict[str, Adapter] = {"bert": _bert}
+ADAPTERS: dict[str, Adapter] = {"bert": bert.decoder_inputs}
 
 
 def fingerprint(model: Any) -> str:

@@ -52,16 +52,13 @@ def through_adapter(batch_inputs: HeadInputs) -> torch.Tensor:
     return rd.LinearGroupDROLoss(G, rd.ERM())(hidden, weight, labels, groups, bias=bias)
 
 
-@pytest.mark.parametrize("level", ["sequence", "token"])
-def test_loss_and_every_gradient_equal_the_plain_forward(level: str, tiny_model) -> None:
-    batch = make_batch(tiny_model.config.vocab_size, level=level)
-    tiny_model.train()  # dropout on: both draw the same numbers, because the head comes after the last draw
+def assert_equals_plain_forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
     torch.manual_seed(1)
-    reference = plain(tiny_model, batch)
-    expected = gradients(tiny_model, reference)
+    reference = plain(model, batch)
+    expected = gradients(model, reference)
     torch.manual_seed(1)
-    loss = through_adapter(masked_lm_inputs(tiny_model, batch))
-    actual = gradients(tiny_model, loss)
+    loss = through_adapter(masked_lm_inputs(model, batch))
+    actual = gradients(model, loss)
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=1e-6)
     assert actual.keys() == expected.keys()
     assert "cls.predictions.bias" in expected
@@ -69,6 +66,76 @@ def test_loss_and_every_gradient_equal_the_plain_forward(level: str, tiny_model)
         scale = gradient.abs().max().item()
         assert scale > 0 or name.endswith("key.bias"), name  # softmax doesn't feel a shift of all keys
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6 + 1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_loss_and_every_gradient_equal_the_plain_forward(level: str, attention: str, tiny_model) -> None:
+    tiny_model.eval().set_attn_implementation(attention)
+    assert_equals_plain_forward(tiny_model, make_batch(tiny_model.config.vocab_size, level=level))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_it_does_so_at_any_depth_and_where_a_sequence_has_no_label(layers: int, make_tiny_model) -> None:
+    model = make_tiny_model(60, num_hidden_layers=layers).eval()
+    batch = make_batch(60)
+    batch["labels"][[0, 3]] = -100
+    assert_equals_plain_forward(model, batch)
+
+
+def test_before_the_last_layer_dropout_draws_as_the_plain_forward_does(tiny_model) -> None:
+    tiny_model.train()
+    for module in tiny_model.bert.encoder.layer[-1].modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert_equals_plain_forward(tiny_model, make_batch(tiny_model.config.vocab_size))
+
+
+def test_the_last_layer_drops_out_at_its_rates(tiny_model) -> None:
+    tiny_model.train()
+    batch = make_batch(tiny_model.config.vocab_size)
+    last = tiny_model.bert.encoder.layer[-1]
+    for module in tiny_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    undisturbed = masked_lm_inputs(tiny_model, batch).hidden
+    for dropout in (last.attention.self.dropout, last.attention.output.dropout, last.output.dropout):
+        dropout.p = 0.5
+        assert not torch.allclose(masked_lm_inputs(tiny_model, batch).hidden, undisturbed)
+        tiny_model.eval()
+        assert torch.equal(masked_lm_inputs(tiny_model, batch).hidden, undisturbed)
+        tiny_model.train()
+        dropout.p = 0.0
+
+
+def test_a_hook_on_the_last_layer_sees_the_whole_layer(tiny_model) -> None:
+    tiny_model.eval()
+    batch = make_batch(tiny_model.config.vocab_size)
+    shapes = []
+    handle = tiny_model.bert.encoder.layer[-1].register_forward_hook(
+        lambda _module, _inputs, output: shapes.append(tuple(output.shape))
+    )
+    assert_equals_plain_forward(tiny_model, batch)
+    assert shapes == [(B, T, tiny_model.config.hidden_size)] * 2
+    handle.remove()
+    masked_lm_inputs(tiny_model, batch)
+    assert len(shapes) == 2
+
+
+def test_a_failing_forward_leaves_the_model_whole(tiny_model) -> None:
+    names = list(tiny_model.state_dict())
+    batch = make_batch(tiny_model.config.vocab_size)
+    with pytest.raises(IndexError):
+        masked_lm_inputs(tiny_model, {**batch, "input_ids": batch["input_ids"] + 10_000})
+    assert list(tiny_model.state_dict()) == names
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model) -> None:
+    for module in tiny_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    tiny_model.train().gradient_checkpointing_enable()
+    assert_equals_plain_forward(tiny_model, make_batch(tiny_model.config.vocab_size))
 
 
 def test_fp64_agrees_to_fp64_rounding(tiny_model) -> None:
