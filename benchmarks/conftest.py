@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import machine
 from benchmarks.bench import Bench, Rejected
 from benchmarks.peers import Peer
 from benchmarks.results import save
@@ -34,10 +35,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--quick", action="store_true", help="only the contests marked quick")
     group.addoption("--result", type=Path, default=None, help="write the result file here")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "contest(cases, peers, quick=False): what a benchmark times")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -91,4 +88,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("result")
     bench = session.config.stash.get(BENCH, None)
     if path is not None and bench is not None:
+        bench.run.machine["load at the end"] = machine.load()
         save(bench.run, path)

@@ -20,7 +20,7 @@ from rd_kernels.backends import registry
 
 
 def describe(device: str) -> dict[str, object]:
-    """For the result file. ``load`` is the 1-minute load average: above the usual idle, distrust the run."""
+    """For the result file."""
     description: dict[str, object] = {
         "device": device,
         "cpu": _cpu(),
@@ -31,7 +31,7 @@ def describe(device: str) -> dict[str, object]:
         "os": f"{platform.system()} {re.match(r'[0-9.]*', platform.release())[0].rstrip('.')}",
         "huge pages": _huge_pages(),
         "python": platform.python_version(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": load(),
         "rd_kernels": rd_kernels.__version__,
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -55,6 +55,11 @@ def describe(device: str) -> dict[str, object]:
             "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return description
+
+
+def load() -> float | None:
+    """The 1-minute load average. Well above 0 before a run, or above the threads after it: others ran beside it."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def file_name(description: dict) -> str:
