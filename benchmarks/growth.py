@@ -140,13 +140,13 @@ def plot(run: Run, path: Path) -> list[Path]:
             middle = [100 * cost.median for cost in costs.values()]
             below = [100 * (cost.median - cost.low) for cost in costs.values()]
             above = [100 * (cost.high - cost.median) for cost in costs.values()]
-            axes[0, 2].errorbar(list(costs), middle, [below, above], marker="o", capsize=3, label=line)
+            if costs:
+                axes[0, 2].errorbar(list(costs), middle, [below, above], marker="o", capsize=3, label=line)
     for axis, pair in panels.items():
         for panel, what in zip(pair, ("ms", "MiB beyond the inputs"), strict=True):
             panel.set(xlabel=axis, ylabel=what)
-            panel.set_ylim(
-                bottom=None if axis == "N" else 0
-            )  # along V, where N V is fixed, nothing changes much
+            if axis == "V":  # where N V is fixed, everything is of one size
+                panel.set_ylim(bottom=0)
     axes[0, 2].axhline(2, color="tab:grey", linestyle="--")
     axes[0, 2].set(xlabel="G at N = 1024", ylabel="% over the plain mean at V = 30522", ylim=(-10, 10))
     axes[1, 2].set(xlabel="threads", ylabel="speed relative to one thread")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from benchmarks.bench import Bench, Contest
+from benchmarks.bench import Bench, Contest, Rejected
 from benchmarks.finetuning import OursTraining, StepCase, Transformers, TransformersGathered
 from benchmarks.growth import LARGE, GrowthCase, cases, group_cost, lines, plot
 from benchmarks.results import Row, Run
@@ -17,8 +19,7 @@ SMALL = StepCase("small", layers=1, width=32, heads=2, rows=3)
     "peer", [OursTraining(), Transformers(), TransformersGathered()], ids=lambda peer: peer.name
 )
 def test_steps_pass_the_gate_and_train_with_dropout(peer):
-    case = StepCase("small", layers=1, width=32, heads=2, rows=3, optimizer=True)
-    contest = Contest(case, "cpu")
+    contest = Contest(replace(SMALL, optimizer=True), "cpu")
     before = [leaf.detach().clone() for leaf in contest.inputs.leaves]
     row = Row(peer.name, "peer")
     contest.admit(peer, row).run()
@@ -35,7 +36,7 @@ def test_a_wrong_step_is_caught():
             return super().row_losses(inputs) * 1.01
 
     row = Row("wrong", "peer")
-    with pytest.raises(Exception, match="error"):
+    with pytest.raises(Rejected, match="error"):
         Contest(SMALL, "cpu").admit(Wrong(), row)
 
 
