@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.cases import LogitsCase, LogitsInputs
 from benchmarks.peers import Ours, OursMean, Peer, Step
@@ -139,16 +140,28 @@ def plot(run: Run, path: Path) -> list[Path]:
             middle = [100 * cost.median for cost in costs.values()]
             below = [100 * (cost.median - cost.low) for cost in costs.values()]
             above = [100 * (cost.high - cost.median) for cost in costs.values()]
-            axes[0, 2].errorbar(list(costs), middle, [below, above], marker="o", capsize=3, label=line)
-    for axis, (time, memory) in panels.items():
-        for panel, what in ((time, "ms"), (memory, "MiB beyond the inputs")):
-            panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=what)
-    axes[0, 2].set_ylim(-10, 10)
-    axes[0, 2].axhline(2, color="tab:grey", linestyle="--", label="2%")
-    axes[0, 2].set(xscale="log", xlabel="G at N = 1024", ylabel="% over the plain mean at V = 30522")
-    axes[1, 2].set(xlabel="threads", ylabel="speed relative to one thread", ylim=(0, None))
+            if costs:
+                axes[0, 2].errorbar(list(costs), middle, [below, above], marker="o", capsize=3, label=line)
+    for axis, pair in panels.items():
+        for panel, what in zip(pair, ("ms", "MiB beyond the inputs"), strict=True):
+            panel.set(xlabel=axis, ylabel=what)
+            if axis == "V":  # where N V is fixed, everything is of one size
+                panel.set_ylim(bottom=0)
+    axes[0, 2].axhline(2, color="tab:grey", linestyle="--")
+    axes[0, 2].set(xlabel="G at N = 1024", ylabel="% over the plain mean at V = 30522", ylim=(-10, 10))
+    axes[1, 2].set(xlabel="threads", ylabel="speed relative to one thread")
+    axes[1, 2].set_ylim(bottom=0)
+    axes[1, 2].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in axes.flat:
-        panel.legend(fontsize="small")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small")
+        else:  # a run of a part
+            panel.remove()
+            continue
+        if panel is not axes[1, 2]:
+            panel.set_xscale("log")
+        if panel in panels["N"]:
+            panel.set_yscale("log")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return [path]
