@@ -92,6 +92,11 @@ class CPUBackend(Backend):
         )
         return out
 
+    def empty(self, shape, dtype, device, stride=None):
+        out = super().empty(shape, dtype, device, stride)
+        self._native.prefer_huge_pages(out.data_ptr(), out.untyped_storage().nbytes())
+        return out
+
     def softmax_minus_onehot_(self, logits, labels, ignore_index):
         results, addresses = self._row_results(logits.shape[0])
         self._native.softmax_minus_onehot(
