@@ -165,22 +165,31 @@ def linear_group_dro_cross_entropy(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     process_group: Any = None,
     backend: str = "auto",
+    filter_eps: float | None = None,
 ) -> Tensor:
     """:func:`group_dro_cross_entropy` of ``hidden @ weight.T + bias``, exact with 3 GEMMs.
+
+    On a CPU rows without a label take no part in the GEMMs (under torch.compile they do).
 
     Args:
         hidden: [..., D]. weight: [V, D]. bias: [V] or None. One floating dtype (autocast casts all three).
         labels, groups, group_weights, objective, ignore_index, process_group, backend: as there.
         memory_budget: bytes for what grows with the rows beside inputs and gradients. Rows that do not fit
             are computed again in the backward: 4 - f GEMMs where a fraction f fits.
+        filter_eps: None or 0: exact gradients. Above 0, on a CPU: the backward leaves out rows and vocabulary
+            entries, the lightest first, that hold at most this share of C = sum_ij |r_i U_ij|, with
+            U = softmax - onehot and r_i the row's weight in the gradient. Then the errors' norms, added up over
+            the rows of hidden's gradient, are at most filter_eps C max_j |weight_j|, and over the rows of
+            weight's gradient at most filter_eps C max_i |hidden_i|; C <= 2 sum_i |r_i|, which is at most 2 |grad_out| where
+            no row is in two groups. The loss, the group weights and bias's gradient stay exact.
 
-    Raises: as there, and ValueError for shapes of hidden, weight and bias that do not fit or a budget below
-    one row.
+    Raises: as there, and ValueError for shapes of hidden, weight and bias that do not fit, a budget below
+    one row, a filter_eps outside [0, 1), or one above 0 for tensors that are not on a CPU.
     """
     adjustment = _adjustment(objective, group_weights)
     return linear_grouped_loss(
         hidden, weight, bias, labels, groups, group_weights, objective, adjustment, ignore_index,
-        memory_budget, process_group, backend,
+        memory_budget, process_group, backend, filter_eps,
     ).loss  # fmt: skip
 
 
@@ -241,9 +250,16 @@ def linear_grouped_loss(
     memory_budget: int,
     process_group: Any,
     backend: str,
+    filter_eps: float | None = None,
 ) -> Grouped:
     """The linear op with its statistics; arguments as in :func:`linear_group_dro_cross_entropy`."""
     device = hidden.device
+    epsilon = check_filter_eps(filter_eps)
+    if epsilon > 0 and device.type != "cpu":
+        raise ValueError(
+            f"filter_eps = {filter_eps} serves CPU tensors only, not {device}: what it leaves out is chosen by "
+            "values, and a GPU would have to wait for them"
+        )
     _check_group_weights(q)
     check_same_device(
         "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, group_weights=q
@@ -257,6 +273,10 @@ def linear_grouped_loss(
     flat_labels = canonical_labels(labels, leading)
     flat_groups = canonical_groups(groups, leading, q.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1])
+    if device.type == "cpu" and not torch.compiler.is_compiling():  # shapes that depend on values
+        labelled = (flat_labels != ignore_index).nonzero()[:, 0]
+        if len(labelled) < len(flat_labels):
+            rows, flat_labels, flat_groups = rows[labelled], flat_labels[labelled], flat_groups[labelled]
     name = select(backend, rows)
     stored_rows, block_rows = plan(
         rows.shape[0], weight.shape[0], rows.shape[1], rows.element_size(), memory_budget
@@ -276,7 +296,18 @@ def linear_grouped_loss(
             row_loss, outcome, flat_groups, q, rule, weight.shape[0], process_group, ranks, name
         )
     loss = ops.LinearRowsLoss.apply(
-        rows, weight, bias, loss, scale, unweighted, normaliser, flat_labels, ignore_index, block_rows, name
+        rows,
+        weight,
+        bias,
+        loss,
+        scale,
+        unweighted,
+        normaliser,
+        flat_labels,
+        ignore_index,
+        block_rows,
+        name,
+        epsilon,
     )
     return Grouped(loss, stats, status, weight.shape[0])
 
@@ -324,6 +355,15 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise TypeError(f"{name} is {tensor.dtype}, but hidden is {hidden.dtype}: they must agree")
+
+
+def check_filter_eps(filter_eps: float | None) -> float:
+    """0.0 for None. ValueError unless it is a number in [0, 1)."""
+    if filter_eps is None:
+        return 0.0
+    if isinstance(filter_eps, bool) or not isinstance(filter_eps, (int, float)) or not 0 <= filter_eps < 1:
+        raise ValueError(f"filter_eps must be None or a number in [0, 1), got {filter_eps!r}")
+    return float(filter_eps)
 
 
 def _adjustment(objective: Objective, q: Tensor) -> Tensor | None:

@@ -8,16 +8,25 @@ weights, known only after the whole batch was reduced,
 So the forward stores U once, before r is known, and the weights are folded in late: exact for any row
 weights, 3 GEMMs, nothing recomputed. Where the memory budget holds only a fraction f of the rows, the
 others' logits are computed again in the backward: 4 - f GEMMs. N rows, V vocabulary, D hidden.
+
+On a CPU the two gradient GEMMs leave out the rows whose weight is 0, which changes nothing, and with
+``filter_eps`` the lightest rows and vocabulary entries, within a bound (``select``).
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from rd_kernels import gemm
 from rd_kernels.backends.registry import Backend
 
-__all__ = ["DEFAULT_MEMORY_BUDGET", "backward", "forward", "plan"]
+__all__ = ["DEFAULT_MEMORY_BUDGET", "backward", "forward", "plan", "select"]
+
+# Working on a part of U costs a copy of it: with less than this share left out the whole is faster.
+_WORTHWHILE = 0.1
 
 DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes
 
@@ -27,10 +36,13 @@ def plan(rows: int, vocabulary: int, width: int, itemsize: int, memory_budget: i
 
     The budget covers what grows with the rows: a row's logits (or U), and its weighted hidden state in the
     backward with float32 intermediates. It does not cover the gradients; while several blocks are summed, a
-    16-bit weight gradient is held twice, in float32 and as the block's share.
+    16-bit weight gradient is held twice, in float32 and as the block's share. Nor does it cover the fixed
+    working space of products on tiles: one of 8 MiB, and twice 2048 rows of the weight in float32.
     Raises ValueError if the budget holds not even one row.
     """
-    row_bytes = vocabulary * itemsize + width * (itemsize + 2 * max(itemsize, 4))
+    row_bytes = gemm.leading_dimension(vocabulary, itemsize) * itemsize + width * (
+        itemsize + 2 * max(itemsize, 4)
+    )
     affordable = memory_budget // row_bytes
     if affordable < 1:
         raise ValueError(f"memory_budget is {memory_budget} bytes, but a single row needs {row_bytes}")
@@ -51,17 +63,20 @@ def forward(
     stored_rows: int,
     block_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> ``row_loss`` [N], ``normaliser`` [2, N], ``outcome`` [N] and U [stored_rows, V] in hidden's dtype."""
-    rows = hidden.shape[0]
-    unweighted = hidden.new_empty((stored_rows, weight.shape[0]))
+    """-> ``row_loss`` [N], ``normaliser`` [2, N], ``outcome`` [N] and U in hidden's dtype.
+
+    U is [stored_rows, V], its rows ``gemm.leading_dimension`` elements apart.
+    """
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    unweighted = _empty_rows(backend, hidden, stored_rows, vocabulary)
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):  # the caller chose the dtypes
-        _logits(hidden[:stored_rows], weight, bias, out=unweighted)
+        gemm.logits_into(unweighted, hidden[:stored_rows], weight, bias)
         parts.append(backend.softmax_minus_onehot_(unweighted, labels[:stored_rows], ignore_index))
-        buffer = hidden.new_empty((min(block_rows, rows - stored_rows), weight.shape[0]))
+        buffer = _empty_rows(backend, hidden, min(block_rows, rows - stored_rows), vocabulary)
         for start in range(stored_rows, rows, block_rows):
             block = slice(start, min(start + block_rows, rows))
-            logits = _logits(hidden[block], weight, bias, out=buffer[: block.stop - start])
+            logits = gemm.logits_into(buffer[: block.stop - start], hidden[block], weight, bias)
             parts.append(backend.row_forward(logits, labels[block], None, 0.0, ignore_index))
     if len(parts) == 1:
         return *parts[0], unweighted
@@ -82,46 +97,99 @@ def backward(
     ignore_index: int,
     block_rows: int,
     needs: list[bool],
+    filter_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of hidden, weight, bias in hidden's dtype; an empty tensor where not needed."""
-    rows, stored_rows = hidden.shape[0], unweighted.shape[0]
-    scale = (row_scale * grad_out)[:, None]  # [N, 1]
-    grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
+    rows, stored_rows, vocabulary = hidden.shape[0], unweighted.shape[0], weight.shape[0]
+    scale = row_scale * grad_out  # [N]
     # One block: its GEMM writes the result. Several: they are added up in acc, so that bf16 is rounded once.
-    several = stored_rows < rows
-    total_dtype = normaliser.dtype if several else hidden.dtype
-    grad_weight = hidden.new_zeros(weight.shape if needs[1] else (0,), dtype=total_dtype)
-    grad_bias = hidden.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=normaliser.dtype)
+    total_dtype = normaliser.dtype if stored_rows < rows else hidden.dtype
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+    grad_weight = backend.empty(weight.shape, total_dtype, weight.device) if needs[1] else None
+    grad_bias = scale.new_zeros(vocabulary) if needs[2] else None
+    if rows == 0 and grad_weight is not None:
+        grad_weight.zero_()
 
     def accumulate(block: slice, unweighted_block: Tensor) -> None:
-        block_scale = scale[block]
-        if needs[0]:
-            rows_gradient = torch.mm(unweighted_block, weight, out=grad_hidden[block])
-            rows_gradient.mul_(block_scale).masked_fill_(block_scale == 0, 0)
-        if needs[1]:
-            weighted = torch.where(block_scale == 0, 0, hidden[block] * block_scale).to(hidden.dtype)
-            if total_dtype == hidden.dtype:
-                grad_weight.addmm_(unweighted_block.t(), weighted)
-            else:
-                grad_weight.add_(unweighted_block.t() @ weighted)
-        if needs[2]:
-            grad_bias.add_(unweighted_block.t() @ block_scale[:, 0].to(hidden.dtype))
+        selection = gemm.Selection()
+        if hidden.device.type == "cpu":  # elsewhere a choice by values would wait for the device
+            selection = select(
+                unweighted_block, labels[block], scale[block], normaliser[1, block], ignore_index, filter_eps
+            )
+        tiled = not selection.everything or gemm.converts(hidden.device.type, hidden.dtype)
+        add = gemm.add_tiled if tiled else gemm.add_whole
+        add(
+            selection, unweighted_block, hidden[block], scale[block], weight,
+            None if grad_hidden is None else grad_hidden[block], grad_weight, grad_bias, block.start == 0,
+        )  # fmt: skip
 
     with torch.autocast(hidden.device.type, enabled=False):
         if stored_rows:
             accumulate(slice(0, stored_rows), unweighted)
-        buffer = hidden.new_empty((min(block_rows, rows - stored_rows), weight.shape[0]))
+        buffer = _empty_rows(backend, hidden, min(block_rows, rows - stored_rows), vocabulary)
         for start in range(stored_rows, rows, block_rows):
             block = slice(start, min(start + block_rows, rows))
-            logits = _logits(hidden[block], weight, bias, out=buffer[: block.stop - start])
+            logits = gemm.logits_into(buffer[: block.stop - start], hidden[block], weight, bias)
             backend.row_backward(
                 None, None, logits, labels[block], normaliser[:, block], None, 0.0, ignore_index, out=logits
             )
             accumulate(block, logits)
-    return grad_hidden, grad_weight.to(hidden.dtype), grad_bias.to(hidden.dtype)
+    return tuple(
+        hidden.new_empty(0) if total is None else total.to(hidden.dtype)
+        for total in (grad_hidden, grad_weight, grad_bias)
+    )  # type: ignore[return-value]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
+def select(
+    unweighted: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    scale: Tensor,  # [N] acc
+    log_sum: Tensor,  # [N] acc, NaN where U is
+    ignore_index: int,
+    filter_eps: float,
+) -> gemm.Selection:
+    """The part of U that the gradients are computed from. CPU only: the choice reads values.
+
+    Rows of weight 0 are left out where they are many, or where their U is NaN, which times 0 is not 0.
+
+    With ``filter_eps`` > 0 rows and columns are left out, the lightest first, whose entries together weigh at
+    most ``filter_eps`` C, where an entry weighs |scale_i U_ij| and C is the weight of all. So the errors' norms
+    add up to at most filter_eps C max_j |W_j| over the rows of d hidden, filter_eps C max_i |H_i| over the rows
+    of d weight. Up to half of it goes to rows, what that leaves to columns. Weights that are not finite: nothing
+    is left out.
+    """
+    rows, vocabulary = unweighted.shape
+    used = scale != 0
+    selection = gemm.Selection()
+    unused = rows - int(used.sum())
+    if unused and (unused >= _WORTHWHILE * rows or bool((~used & ~torch.isfinite(log_sum)).any())):
+        selection = gemm.Selection(rows=used.nonzero()[:, 0])
+    if filter_eps == 0.0 or unused == rows:
+        return selection
+    labels = torch.where(labels == ignore_index, 0, labels)
+    row_mass, column_mass = gemm.masses(selection, unweighted, labels, scale)
+    allowed = filter_eps * float(row_mass.sum(dtype=torch.float64))
+    if not math.isfinite(allowed):
+        return selection
+    heavy_rows, left_out = _heaviest(row_mass, allowed / 2)
+    heavy_columns, _ = _heaviest(column_mass, allowed - left_out)
+    if len(heavy_rows) * len(heavy_columns) > (1 - _WORTHWHILE) * len(row_mass) * vocabulary:
+        return selection
+    kept = heavy_rows if selection.rows is None else selection.rows[heavy_rows]
+    return gemm.Selection(
+        None if len(kept) == rows else kept, None if len(heavy_columns) == vocabulary else heavy_columns
+    )
+
+
+def _heaviest(mass: Tensor, allowed: float) -> tuple[Tensor, float]:
+    """-> ascending indices of all but the lightest, which sum to at most ``allowed``; and their sum."""
+    ascending, order = mass.sort()
+    totals = ascending.cumsum(0, dtype=torch.float64)
+    light = int((totals <= allowed).sum())
+    return order[light:].sort().values, float(totals[light - 1]) if light else 0.0
+
+
+def _empty_rows(backend: Backend, like: Tensor, rows: int, vocabulary: int) -> Tensor:
+    """[rows, V] of ``like``'s dtype, unwritten."""
+    stride = gemm.leading_dimension(vocabulary, like.element_size())
+    return backend.empty((rows, vocabulary), like.dtype, like.device, (stride, 1))

@@ -151,8 +151,8 @@ class LinearGroupDROLoss(_GroupLoss):
     """:class:`GroupDROLoss` of ``hidden @ weight.T + bias`` without keeping the logits: exact, 3 GEMMs.
 
     ``loss = LinearGroupDROLoss(G)(hidden, weight, labels, groups, bias=None)`` with hidden [..., D], weight
-    [V, D], bias [V]. Args as there, and ``memory_budget`` in bytes, see
-    :func:`functional.linear_group_dro_cross_entropy`.
+    [V, D], bias [V]. Args as there, and ``memory_budget`` in bytes and ``filter_eps``, the share of the
+    gradient that the backward may leave out; see :func:`functional.linear_group_dro_cross_entropy`.
     """
 
     def __init__(
@@ -164,11 +164,13 @@ class LinearGroupDROLoss(_GroupLoss):
         process_group: Any = None,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        filter_eps: float | None = None,
     ):
         super().__init__(num_groups, objective, ignore_index, group_names, process_group, backend)
         if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 1:
             raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
         self.memory_budget = memory_budget
+        self.filter_eps = functional.check_filter_eps(filter_eps)
 
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, groups: Tensor, bias: Tensor | None = None
@@ -176,6 +178,6 @@ class LinearGroupDROLoss(_GroupLoss):
         return self._keep(
             functional.linear_grouped_loss(
                 hidden, weight, bias, labels, groups, self._state(), self.objective, self._adjustment,
-                self.ignore_index, self.memory_budget, self.process_group, self.backend,
+                self.ignore_index, self.memory_budget, self.process_group, self.backend, self.filter_eps,
             )
         )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rd_kernels import linear
 from rd_kernels.backends.registry import BAD_LABEL, get
+from rd_kernels.gemm import leading_dimension
 
 __all__ = ["LinearRowsLoss", "RowsLoss", "raise_if_bad"]
 
@@ -229,7 +230,9 @@ def _linear_forward(hidden, weight, bias, labels, ignore_index, stored_rows, blo
 
 def _linear_forward_fake(hidden, weight, bias, labels, ignore_index, stored_rows, block_rows, backend):
     row_loss, normaliser, outcome = _row_forward_fake(hidden, labels, None, 0.0, ignore_index, backend)
-    return row_loss, normaliser, outcome, hidden.new_empty((stored_rows, weight.shape[0]))
+    stride = leading_dimension(weight.shape[0], hidden.element_size())
+    unweighted = hidden.new_empty_strided((stored_rows, weight.shape[0]), (stride, 1))
+    return row_loss, normaliser, outcome, unweighted
 
 
 linear_forward = _register(
@@ -253,10 +256,11 @@ def _linear_backward(
     block_rows,
     needs,
     backend,
+    filter_eps=0.0,
 ):
     return linear.backward(
         get(backend), grad_out, row_scale, unweighted, normaliser, hidden, weight, bias, labels, ignore_index,
-        block_rows, needs,
+        block_rows, needs, filter_eps,
     )  # fmt: skip
 
 
@@ -273,6 +277,7 @@ def _linear_backward_fake(
     block_rows,
     needs,
     backend,
+    filter_eps=0.0,
 ):
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(hidden.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
@@ -280,8 +285,8 @@ def _linear_backward_fake(
 
 linear_backward = _register(
     "linear_backward(Tensor grad_out, Tensor row_scale, Tensor unweighted, Tensor normaliser, Tensor hidden, "
-    "Tensor weight, Tensor? bias, Tensor labels, int ignore_index, SymInt block_rows, bool[3] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "Tensor weight, Tensor? bias, Tensor labels, int ignore_index, SymInt block_rows, bool[3] needs, str backend, "
+    "float filter_eps=0.0) -> (Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
 )
@@ -378,10 +383,11 @@ class LinearRowsLoss(torch.autograd.Function):
         ignore_index: int,
         block_rows: int,
         backend: str,
+        filter_eps: float,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, row_scale, unweighted, normaliser, labels)
         ctx.constants = (ignore_index, block_rows)
-        ctx.backend = backend
+        ctx.backend, ctx.filter_eps = backend, filter_eps
         return value.view_as(value)
 
     @staticmethod
@@ -401,6 +407,7 @@ class LinearRowsLoss(torch.autograd.Function):
             *ctx.constants,
             needs,
             ctx.backend,
+            ctx.filter_eps,
         )
         picked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-        return (*picked, *[None] * 8)
+        return (*picked, *[None] * 9)

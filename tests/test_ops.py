@@ -58,6 +58,12 @@ def test_opcheck(backend, name):
         torch.library.opcheck(getattr(torch.ops.rd_kernels, name).default, (*case, backend))
 
 
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+def test_opcheck_with_the_filter(which):
+    for case in arguments(which)["linear_backward"]:
+        torch.library.opcheck(torch.ops.rd_kernels.linear_backward.default, (*case, which, 0.1))
+
+
 def test_opcheck_covers_every_op():
     registered = {
         name.split("::")[1]

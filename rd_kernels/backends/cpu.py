@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 from types import ModuleType
 
@@ -74,7 +75,8 @@ class CPUBackend(Backend):
         native = self._native
         stream = False
         if out is None:
-            out, stream = self._gradient_like(logits)
+            out, fresh = self._allocate(logits.shape, logits.dtype)
+            stream = not fresh
         grad_out_stride = 0 if grad_out is None or grad_out.dim() == 0 else grad_out.stride(0)
         native.row_backward(
             self._rows(logits, labels, ignore_index),
@@ -91,6 +93,9 @@ class CPUBackend(Backend):
             torch.get_num_threads(),
         )
         return out
+
+    def empty(self, shape, dtype, device, stride=None):
+        return self._allocate(shape, dtype, stride)[0]
 
     def softmax_minus_onehot_(self, logits, labels, ignore_index):
         results, addresses = self._row_results(logits.shape[0])
@@ -152,13 +157,18 @@ class CPUBackend(Backend):
         )
         return loss, stats, status, scale, normaliser
 
-    def _gradient_like(self, logits: Tensor) -> tuple[Tensor, bool]:
-        """-> an unwritten tensor, and whether it is best written past the cache."""
-        if logits.numel() * logits.element_size() < _LARGE:
-            return torch.empty(logits.shape, dtype=logits.dtype), False
-        block = self._native.Block(logits.numel() * logits.element_size())
-        memory = torch.frombuffer(block, dtype=logits.dtype)
-        return memory.view(logits.shape), not block.fresh
+    def _allocate(self, shape, dtype, stride=None) -> tuple[Tensor, bool]:
+        """-> an unwritten tensor, and whether its pages may be fresh: those are best written through the cache."""
+        if stride is None:
+            elements = math.prod(shape)
+        else:
+            elements = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if 0 in shape or elements * dtype.itemsize < _LARGE:
+            return super().empty(shape, dtype, torch.device("cpu"), stride), True
+        block = self._native.Block(elements * dtype.itemsize)
+        memory = torch.frombuffer(block, dtype=dtype, count=elements)
+        tensor = memory.view(shape) if stride is None else memory.as_strided(shape, stride)
+        return tensor, block.fresh
 
     def empty_cache(self) -> None:
         self._native.empty_cache()

@@ -95,6 +95,18 @@ class Backend:
         """
         raise NotImplementedError
 
+    def empty(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        stride: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Unwritten memory for a large result; contiguous without ``stride``."""
+        if stride is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
     def softmax_minus_onehot_(
         self, logits: Tensor, labels: Tensor, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
