@@ -16,6 +16,26 @@ app = typer.Typer(
 )
 RESULT = Path(".benchmarks/latest.json")  # where `make bench` leaves its result
 Result = Annotated[Path, typer.Argument(help="A result file.", exists=True, dir_okay=False)]
+
+# The README's table stands between these. Its lines, and its columns: the rows that may fill them.
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+SUMMARY = {
+    "logits N=1024 V=30522 fp32": "logits, 1024 x 30522, float32",
+    "logits N=1024 V=30522 bf16": "logits, 1024 x 30522, bfloat16",
+    "linear N=1024 D=768 V=30522 fp32": "linear, 1024 x 768 x 30522, float32",
+    "linear N=154 D=768 V=30522 fp32": "linear, 154 x 768 x 30522, float32",
+    "linear N=32 D=768 V=30522 bf16": "linear, 32 x 768 x 30522, bfloat16",
+    "BERT-tiny 2x128, 16x128 tokens, training step": "whole step, BERT 2 x 128, 16 x 128 tokens",
+    "MiniLM 6x384, 8x128 tokens, training step": "whole step, MiniLM 6 x 384, 8 x 128 tokens",
+    "BERT-base 12x768, 8x128 tokens, training step": "whole step, BERT-base, 8 x 128 tokens",
+}
+COLUMN_ROWS = {
+    "floor": ("floor: read, copy", "floor: three bare GEMMs"),
+    "torch eager": ("torch eager", "transformers, eager Group DRO"),
+    "torch.compile": ("torch.compile", "transformers, torch.compile"),
+    "linear_cross_entropy, tuned": ("torch linear_cross_entropy, tuned chunks",),
+}
+
 COLUMNS = "{:<46} {:>11} {:>21} {:>9} {:>9}  {}"
 
 
@@ -55,6 +75,17 @@ def markdown(
             typer.echo(f"| {name} | " + " | ".join(cells) + " |")
 
 
+@app.command()
+def readme(
+    result: Result,
+    path: Annotated[Path, typer.Argument(help="Rewritten between the two markers.")] = Path("README.md"),
+) -> None:
+    """Put the summary of a stored result into the README: our time, and everyone's ratio to it."""
+    head, rest = path.read_text().split(BEGIN)
+    tail = rest.split(END)[1]
+    path.write_text(f"{head}{BEGIN}\n{summary(load(result))}\n{END}{tail}")
+
+
 @app.command(name="compare")
 def compare_command(
     baseline: Annotated[Path, typer.Argument(help="A stored result file.", exists=True, dir_okay=False)],
@@ -80,6 +111,22 @@ def compare_command(
     if regressions:
         typer.echo(f"{regressions} of {len(changes)} slower by more than {100 * tolerance:.0f}%, or gone")
         raise typer.Exit(1)
+
+
+def summary(run: Run) -> str:
+    """A Markdown table: a line for each of ``SUMMARY``'s cases that the run has."""
+    lines = ["| forward and backward with Group DRO | ours | " + " | ".join(COLUMN_ROWS) + " |"]
+    lines.append("|---" * (2 + len(COLUMN_ROWS)) + "|")
+    for case, label in SUMMARY.items():
+        base = run.base(case)
+        if base is None:
+            continue
+        cells = []
+        for names in COLUMN_ROWS.values():
+            row = next((row for name, row in run.timed(case).items() if name in names), None)
+            cells.append("" if row is None else f"{ratio(row, base).median:.2f}")
+        lines.append(f"| {label} | {duration(base.median)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def case_lines(run: Run, case: str) -> list[str]:

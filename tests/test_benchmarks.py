@@ -332,3 +332,15 @@ def test_names_in_a_contest_are_unique(module):
     for contest in contests:
         for group in (contest["cases"], contest["peers"]):
             assert len({member.name for member in group}) == len(group)
+
+
+def test_the_readmes_table_is_that_of_the_stored_result(tmp_path):
+    readme = Path(__file__).parents[1] / "README.md"
+    stored = next(path for path in RESULTS if f"benchmarks/results/{path.name}" in readme.read_text())
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.read_text())
+    result = CliRunner().invoke(app, ["readme", str(stored), str(copy)])
+    assert result.exit_code == 0, result.output
+    assert copy.read_text() == readme.read_text(), (
+        f"python -m benchmarks.report readme {stored.name} changes README"
+    )
