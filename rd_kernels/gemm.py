@@ -191,14 +191,15 @@ def add_tiled(
     rows = selection.rows
     if grad_bias is not None:
         used = None if rows is None else (scale != 0).nonzero()[:, 0]
-        grad_bias.add_(_sums(Selection(used), unweighted, scale)[1])
+        grad_bias.add_(_column_sums(Selection(used), unweighted, scale))
     if rows is not None:
         hidden, scale = hidden.index_select(0, rows), scale.index_select(0, rows)
     column = scale[:, None]
     weighted = _weighted(hidden, column)
     hidden_sum = torch.zeros(hidden.shape if grad_hidden is not None else (0,), dtype=acc)
     if grad_weight is not None and first and selection.columns is not None:
-        grad_weight.zero_()
+        left_out = torch.ones(len(grad_weight), dtype=torch.bool).index_fill_(0, selection.columns, False)
+        grad_weight.index_fill_(0, left_out.nonzero()[:, 0], 0)
     workspace = Workspace()
     for columns in selection.column_blocks(unweighted.shape[1]):
         weight_block = _rows_of(weight, columns, acc, workspace)
@@ -238,7 +239,8 @@ def masses(
     From U's signed sums, without a copy of |U|: only the entry at the label is negative.
     """
     scale = scale.abs()
-    row_sums, column_sums = _sums(selection, unweighted, scale)
+    row_sums = torch.zeros_like(scale) if selection.rows is None else scale.new_zeros(len(selection.rows))
+    column_sums = _column_sums(selection, unweighted, scale, row_sums)
     at_label = -unweighted.gather(1, labels[:, None])[:, 0].to(scale.dtype)
     if selection.rows is not None:
         at_label, labels, scale = (t.index_select(0, selection.rows) for t in (at_label, labels, scale))
@@ -246,19 +248,23 @@ def masses(
     return (row_sums + twice) * scale, column_sums.index_add_(0, labels, twice * scale)
 
 
-def _sums(selection: Selection, unweighted: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """-> sums of the chosen rows, and row_weight-ed sums over them by column, in acc."""
-    acc = row_weight.dtype
+def _column_sums(
+    selection: Selection,  # of rows only
+    unweighted: Tensor,  # [N, V]
+    scale: Tensor,  # [N] acc
+    row_sums: Tensor | None = None,  # of the chosen rows, in acc: sum_j U_ij is added
+) -> Tensor:
+    """sum_i scale_i U_ij over the chosen rows, in acc [V]."""
     if selection.rows is not None:
-        row_weight = row_weight.index_select(0, selection.rows)
-    row_sums = torch.zeros_like(row_weight)
-    column_sums = torch.zeros(unweighted.shape[1], dtype=acc)
+        scale = scale.index_select(0, selection.rows)
+    sums = torch.zeros(unweighted.shape[1], dtype=scale.dtype)
     workspace = Workspace()
     for columns in selection.column_blocks(unweighted.shape[1]):
-        for part, tile in selection.tiles(unweighted, columns, acc, workspace):
-            row_sums[part] += tile.sum(dim=1)
-            column_sums[columns] += torch.mv(tile.t(), row_weight[part])
-    return row_sums, column_sums
+        for part, tile in selection.tiles(unweighted, columns, scale.dtype, workspace):
+            sums[columns] += torch.mv(tile.t(), scale[part])
+            if row_sums is not None:
+                row_sums[part] += tile.sum(dim=1)
+    return sums
 
 
 def _weighted(hidden: Tensor, scale: Tensor) -> Tensor:

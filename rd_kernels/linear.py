@@ -25,8 +25,11 @@ from rd_kernels.backends.registry import Backend
 
 __all__ = ["DEFAULT_MEMORY_BUDGET", "backward", "forward", "plan", "select"]
 
-# Working on a part of U costs a copy of it: with less than this share left out the whole is faster.
-_WORTHWHILE = 0.1
+# Working on a part of U costs a copy of it, and of the weight if columns are chosen; the whole is faster where less
+# is left out than this share of the rows, or of the products: measured at N = 154 and 1024, D = 384 and 768.
+_COPY_OF_ROWS = 0.15
+_COPY_OF_COLUMNS = 0.2
+_COPY_OF_WEIGHT = 48  # rows whose products cost as much
 
 DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes
 
@@ -162,7 +165,7 @@ def select(
     used = scale != 0
     selection = gemm.Selection()
     unused = rows - int(used.sum())
-    if unused and (unused >= _WORTHWHILE * rows or bool((~used & ~torch.isfinite(log_sum)).any())):
+    if unused and (unused >= _COPY_OF_ROWS * rows or bool((~used & ~torch.isfinite(log_sum)).any())):
         selection = gemm.Selection(rows=used.nonzero()[:, 0])
     if filter_eps == 0.0 or unused == rows:
         return selection
@@ -173,7 +176,8 @@ def select(
         return selection
     heavy_rows, left_out = _heaviest(row_mass, allowed / 2)
     heavy_columns, _ = _heaviest(column_mass, allowed - left_out)
-    if len(heavy_rows) * len(heavy_columns) > (1 - _WORTHWHILE) * len(row_mass) * vocabulary:
+    saved = 1 - len(heavy_rows) * len(heavy_columns) / (len(row_mass) * vocabulary)
+    if saved <= _COPY_OF_COLUMNS + _COPY_OF_WEIGHT / len(row_mass):
         return selection
     kept = heavy_rows if selection.rows is None else selection.rows[heavy_rows]
     return gemm.Selection(

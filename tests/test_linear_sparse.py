@@ -23,6 +23,13 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(gemm, "FORWARD_COLUMNS", 9)
 
 
+@pytest.fixture(autouse=True)
+def leave_out_whatever_may_be(monkeypatch):
+    """The op's own thresholds are made for large problems: here they would keep everything."""
+    monkeypatch.setattr(linear, "_COPY_OF_COLUMNS", 0)
+    monkeypatch.setattr(linear, "_COPY_OF_WEIGHT", 0)
+
+
 def gradients(
     hidden, weight, bias, labels, scale, filter_eps=0.0, stored=None, block=1 << 20, which="cpu", grad_out=1.0
 ):
@@ -115,6 +122,13 @@ def test_one_heavy_row_is_kept_and_light_ones_go():
     grad_hidden, _ = check_bound(hidden, weight, bias, labels, scale, 1e-3)
     assert grad_hidden[3].any()
     assert not grad_hidden[torch.arange(40) != 3].any()
+
+
+def test_nothing_is_left_out_where_the_copy_costs_more(monkeypatch):
+    monkeypatch.undo()
+    tensors = confident(40, 61, 16, 1.5)
+    dense, filtered = (gradients(*tensors, torch.ones(40), filter_eps) for filter_eps in (0.0, 0.3))
+    assert all(torch.equal(a, b) for a, b in zip(dense, filtered, strict=True))
 
 
 def test_certain_rows_are_left_out():
