@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -11,6 +12,17 @@ namespace rd::cpu {
 namespace {
 
 bool counts(uint8_t outcome) { return outcome == kMiss || outcome == kHit; }
+
+// visit(begin, end) for the stretches of a row's mask [G] that hold a group; most rows are in few.
+template <class Visit>
+void for_stretches(const bool* member, int64_t num_groups, const Visit& visit) {
+  for (int64_t begin = 0; begin < num_groups; begin += 8) {
+    uint64_t word = 0;
+    const int64_t count = std::min<int64_t>(8, num_groups - begin);
+    std::memcpy(&word, member + begin, static_cast<std::size_t>(count));
+    if (word != 0) visit(begin, begin + count);
+  }
+}
 
 // Exponentiated gradient (Sagawa et al. 2020, Algorithm 1) in log space. Groups absent from the batch keep
 // their q up to normalisation, or, with kGroupDroHold, as it is. Nothing changes if a present group's mean
@@ -69,9 +81,15 @@ void group_reduce(const float* row_loss, const uint8_t* outcome, int64_t rows, c
     } else {
       const bool* member = groups.mask + i * groups.count;
       bool any = false;
-      for (int64_t g = 0; g < groups.count; ++g) {
-        if (member[g]) totals[g].add(row_loss[i], hit), any = true;
-      }
+      const double share[2] = {0, row_loss[i]};
+      for_stretches(member, groups.count, [&](int64_t begin, int64_t end) {
+        any = true;
+        for (int64_t g = begin; g < end; ++g) {  // without branches, which a dense mask would mispredict
+          totals[g].loss += share[member[g]];
+          totals[g].count += member[g];
+          totals[g].hits += member[g] & hit;
+        }
+      });
       if (!any) ungrouped.add(row_loss[i], hit);
     }
   }
@@ -125,7 +143,12 @@ void row_scale(const float* coefficients, const uint8_t* outcome, int64_t rows, 
         if (id >= 0 && id < groups.count) sum = coefficients[id];
       } else {
         const bool* member = groups.mask + i * groups.count;
-        for (int64_t g = 0; g < groups.count; ++g) sum += member[g] ? coefficients[g] : 0.0f;
+        for_stretches(member, groups.count, [&](int64_t begin, int64_t end) {
+          for (int64_t g = begin; g < end; ++g) {
+            const float share[2] = {0, coefficients[g]};
+            sum += share[member[g]];
+          }
+        });
       }
     }
     scale[i] = static_cast<float>(sum);

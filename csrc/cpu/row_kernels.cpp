@@ -131,8 +131,7 @@ RD_INLINE Chunk load_chunk(const BFloat16* z) {
   return chunk;
 }
 
-// To nearest even, in the upper halves; what is left in the lower ones is to be dropped. (A NaN may become
-// 0.)
+// To nearest even, in the upper halves; the lower ones are to be dropped. A NaN may become 0.
 RD_INLINE Ints round_to_bfloat16(Floats value) {
   const Ints bits = bits_of(value);
   return bits + 0x7fff + ((bits >> 16) & 1);
@@ -337,6 +336,9 @@ template <class Element>
 void gradient(const void* z, void* out, int64_t count, const Gradient& gradient) {
   const auto function = gradient.stream ? gradient_of<true, Element> : gradient_of<false, Element>;
   function(static_cast<const Element*>(z), static_cast<Element*>(out), count, gradient);
+#ifdef __SSE2__
+  if (gradient.stream) _mm_sfence();  // other threads see streamed stores in order only behind a fence
+#endif
 }
 
 template <class Element>
