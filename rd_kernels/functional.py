@@ -276,7 +276,9 @@ def linear_grouped_loss(
     if device.type == "cpu" and not torch.compiler.is_compiling():  # shapes that depend on values
         labelled = (flat_labels != ignore_index).nonzero()[:, 0]
         if len(labelled) < len(flat_labels):
-            rows, flat_labels, flat_groups = rows[labelled], flat_labels[labelled], flat_groups[labelled]
+            rows, flat_labels, flat_groups = (
+                tensor.index_select(0, labelled) for tensor in (rows, flat_labels, flat_groups)
+            )
     name = select(backend, rows)
     stored_rows, block_rows = plan(
         rows.shape[0], weight.shape[0], rows.shape[1], rows.element_size(), memory_budget

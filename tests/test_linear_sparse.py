@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import rd_kernels as rd
 from rd_kernels import gemm, linear
 from rd_kernels.backends.registry import get
-from tests.test_linear import eager, inputs, run
+from tests.test_linear import PeakMemory, budget_for, eager, inputs, run
 
 CPU_BACKENDS = ["cpu", "reference"]
 
@@ -325,3 +325,41 @@ def test_16_bit_products_in_float32_or_not(monkeypatch, small_tiles, dtype, conv
     _, exact = exact_terms(hidden, weight, bias, labels, scale)
     for value, truth in zip(values, exact, strict=True):
         assert (value.double() - truth).norm() <= 2**-6 * truth.norm()
+
+
+def test_autocast_stores_u_in_16_bits(monkeypatch):
+    """U takes half the memory, and nothing of float32 grows with N V."""
+    seen = []
+    backward = linear.backward
+    monkeypatch.setattr(linear, "backward", lambda *args: seen.append(args[3].dtype) or backward(*args))
+    hidden, weight, bias, labels, groups = inputs()
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = rd.LinearGroupDROLoss(3)(hidden, weight, labels, groups, bias)
+    for gradient, leaf in zip(torch.autograd.grad(loss, leaves), leaves, strict=True):
+        assert gradient.dtype == leaf.dtype == torch.float32
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("filter_eps", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_held", [200, 1000])
+def test_memory_with_tiles_stays_within_the_budget(monkeypatch, dtype, rows_held, filter_eps):
+    """As in test_linear, plus the stated working space of fixed size."""
+    monkeypatch.setattr(gemm, "TILE_ROWS", 64)
+    monkeypatch.setattr(gemm, "TILE_COLUMNS", 100)
+    rows, vocabulary, width = 1000, 700, 24
+    tensors = [t.to(dtype) if t.is_floating_point() else t for t in confident(rows, vocabulary, width, 1.0)]
+    itemsize = tensors[0].element_size()
+    budget = budget_for(rows_held, vocabulary, width, itemsize)
+    stored, block = linear.plan(rows, vocabulary, width, itemsize, budget)
+    scale = torch.rand(rows)
+    with PeakMemory(*tensors, scale) as memory:
+        values = gradients(*tensors, scale, filter_eps, stored=stored, block=block)
+    allowed = budget + sum(value.nbytes for value in values) + vocabulary * 24 + 64 * rows
+    if dtype != torch.float32 and stored < rows:
+        allowed += 4 * vocabulary * width  # the sum of the blocks' weight gradients
+    tiles = (
+        3 * 64 * 100 * 4 + 3 * 100 * width * 4
+    )  # U as chosen by columns, by rows, converted; weight likewise
+    assert memory.peak <= allowed + tiles + 64 * 100 * 8
