@@ -140,8 +140,9 @@ def group_dro_cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit, V = 0, tensors on different devices; inplace_backward with logits
-            that are a leaf or share memory between rows; on the CPU also labels or group ids out of range. On a GPU these give loss NaN, zero gradient and an unchanged q without a
-            synchronisation; ``report()`` of the module raises.
+            that are a leaf or share memory between rows; on the CPU also labels or group ids out of range. On a
+            GPU these give loss NaN, zero gradient and an unchanged q without a synchronisation; ``report()`` of
+            the module raises.
         TypeError: a dtype that is not what is said above (fractional ids, for instance).
         RuntimeError: a backend named explicitly cannot serve the call; several ranks without a process group.
     """
@@ -180,8 +181,8 @@ def linear_group_dro_cross_entropy(
             entries, the lightest first, that hold at most this share of C = sum_ij |r_i U_ij|, with
             U = softmax - onehot and r_i the row's weight in the gradient. Then the errors' norms, added up over
             the rows of hidden's gradient, are at most filter_eps C max_j |weight_j|, and over the rows of
-            weight's gradient at most filter_eps C max_i |hidden_i|; C <= 2 sum_i |r_i|, which is at most 2 |grad_out| where
-            no row is in two groups. The loss, the group weights and bias's gradient stay exact.
+            weight's gradient at most filter_eps C max_i |hidden_i|; C <= 2 sum_i |r_i|, which is at most
+            2 |grad_out| where no row is in two groups. The loss, the group weights and bias's gradient stay exact.
 
     Raises: as there, and ValueError for shapes of hidden, weight and bias that do not fit, a budget below
     one row, a filter_eps outside [0, 1), or one above 0 for tensors that are not on a CPU.
@@ -298,19 +299,9 @@ def linear_grouped_loss(
             row_loss, outcome, flat_groups, q, rule, weight.shape[0], process_group, ranks, name
         )
     loss = ops.LinearRowsLoss.apply(
-        rows,
-        weight,
-        bias,
-        loss,
-        scale,
-        unweighted,
-        normaliser,
-        flat_labels,
-        ignore_index,
-        block_rows,
-        name,
+        rows, weight, bias, loss, scale, unweighted, normaliser, flat_labels, ignore_index, block_rows, name,
         epsilon,
-    )
+    )  # fmt: skip
     return Grouped(loss, stats, status, weight.shape[0])
 
 

@@ -27,9 +27,8 @@ __all__ = [
 ]
 
 CACHE_LINE = 64  # bytes
-FORWARD_COLUMNS = (
-    1024  # of the logits at a time, measured: they and their share of the weight stay in the cache
-)
+# Of the logits at a time, measured: they and their share of the weight stay in the cache.
+FORWARD_COLUMNS = 1024
 
 # A tile of U in float32 takes 8 MiB: large enough for the products' full speed, whatever N and V are.
 TILE_ROWS = 1024
@@ -143,7 +142,6 @@ class Selection:
 
 
 def add_whole(
-    selection: Selection,  # of everything
     unweighted: Tensor,  # [N, V]
     hidden: Tensor,  # [N, D]
     scale: Tensor,  # [N] acc

@@ -119,12 +119,14 @@ def backward(
             selection = select(
                 unweighted_block, labels[block], scale[block], normaliser[1, block], ignore_index, filter_eps
             )
-        tiled = not selection.everything or gemm.converts(hidden.device.type, hidden.dtype)
-        add = gemm.add_tiled if tiled else gemm.add_whole
-        add(
-            selection, unweighted_block, hidden[block], scale[block], weight,
+        arguments = (
+            unweighted_block, hidden[block], scale[block], weight,
             None if grad_hidden is None else grad_hidden[block], grad_weight, grad_bias, block.start == 0,
         )  # fmt: skip
+        if selection.everything and not gemm.converts(hidden.device.type, hidden.dtype):
+            gemm.add_whole(*arguments)
+        else:
+            gemm.add_tiled(selection, *arguments)
 
     with torch.autocast(hidden.device.type, enabled=False):
         if stored_rows:

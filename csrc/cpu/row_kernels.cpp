@@ -262,7 +262,9 @@ double sum_of_exponentials(const Element* z, int64_t count, float shift) {
   }
   if (j < count) add(load_chunk(Tail<Element>(z + j, count - j, minus_infinity(z)).elements));
   // Distances are not negative, so their sum is NaN where one of them is, and only there.
-  double sum = sum_of(sums) + 0.0 * (sum_of(distances) != sum_of(distances) ? kNaN : 0.0f);
+  const float distance = sum_of(distances);
+  if (distance != distance) return kNaN;
+  double sum = sum_of(sums);
   for (int lane = 0; lane < kLanes; ++lane) sum += ones[lane];
   return sum;
 }

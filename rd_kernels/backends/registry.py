@@ -58,9 +58,6 @@ class Backend:
         """Why this backend cannot serve these logits (device, dtype); None if it can."""
         raise NotImplementedError
 
-    def empty_cache(self) -> None:
-        """Give back memory that is kept for later tensors."""
-
     def row_forward(
         self,
         logits: Tensor,  # [N, V]
@@ -191,14 +188,14 @@ def available() -> dict[str, str | None]:
 
 
 def empty_cache() -> None:
-    """Give the memory that backends keep for later gradients back to the system.
+    """Give the memory that the CPU backend keeps for later gradients back to the system.
 
-    The CPU backend keeps up to 1 GiB (RD_KERNELS_CACHE_BYTES), of which the system takes what it needs anyway.
-    What a GPU keeps is torch's: ``torch.cuda.empty_cache()``.
+    It keeps up to 1 GiB (RD_KERNELS_CACHE_BYTES), of which the system takes what it needs anyway. What a GPU
+    keeps is torch's: ``torch.cuda.empty_cache()``.
     """
-    for name in BACKENDS:
-        if name != "triton" and get(name).missing() is None:
-            get(name).empty_cache()
+    cpu = get("cpu")
+    if cpu.missing() is None:
+        cpu.empty_cache()  # type: ignore[attr-defined]
 
 
 _forced: ContextVar[str | None] = ContextVar("rd_kernels_backend", default=None)
