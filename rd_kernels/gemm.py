@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rd_kernels.backends.registry import Backend
+
 __all__ = [
     "Selection",
     "add_tiled",
@@ -142,6 +144,7 @@ class Selection:
 
 
 def add_whole(
+    backend: Backend,
     unweighted: Tensor,  # [N, V]
     hidden: Tensor,  # [N, D]
     scale: Tensor,  # [N] acc
@@ -152,12 +155,12 @@ def add_whole(
     first: bool,
 ) -> None:
     """The gradients' products as one GEMM each, in hidden's dtype. 0 for rows of scale 0 if U is finite there."""
-    column = scale[:, None]
     if grad_hidden is not None:
         # Scale 0 wins over a weight matrix with NaN or infinity.
-        torch.mm(unweighted, weight, out=grad_hidden).mul_(column).masked_fill_(column == 0, 0)
+        torch.mm(unweighted, weight, out=grad_hidden)
+        backend.scale_rows(grad_hidden, scale, out=grad_hidden)
     if grad_weight is not None:
-        weighted = _weighted(hidden, column).to(hidden.dtype)
+        weighted = backend.scale_rows(hidden, scale, out=hidden.new_empty(hidden.shape))
         if grad_weight.dtype != hidden.dtype:
             share = unweighted.t() @ weighted
             grad_weight.copy_(share) if first else grad_weight.add_(share)

@@ -124,7 +124,7 @@ def backward(
             None if grad_hidden is None else grad_hidden[block], grad_weight, grad_bias, block.start == 0,
         )  # fmt: skip
         if selection.everything and not gemm.converts(hidden.device.type, hidden.dtype):
-            gemm.add_whole(*arguments)
+            gemm.add_whole(backend, *arguments)
         else:
             gemm.add_tiled(selection, *arguments)
 

@@ -8,7 +8,7 @@
 
 namespace rd {
 
-enum class DType { kFloat32, kBFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16 };  // float16 on GPUs only
 
 // What became of a row in the row pass. The numbers are known to the Python side.
 enum Outcome : uint8_t { kMiss = 0, kHit = 1, kIgnored = 2, kBadLabel = 3 };
@@ -61,6 +61,24 @@ struct Groups {
   const int64_t* ids;
   const bool* mask;
   int64_t count;  // G
+};
+
+// kGroupDroHold: groups absent from the batch keep their q, and the others share the rest.
+enum class Objective { kErm, kGroupDro, kGroupDroHold };
+
+struct Update {
+  Objective objective;
+  double step_size;
+  const float* adjustment;  // [G], added to the mean losses of present groups; null: 0
+  float* q;                 // [G], updated in place
+};
+
+// What the rows of stats [4, G+2] hold. Columns: the groups, labelled rows in no group, all labelled rows.
+enum StatsRow { kLossSum = 0, kCount = 1, kHits = 2, kWeight = 3 };
+
+struct Statistics {
+  float* stats;
+  int64_t* status;  // [2]: labels out of range, group ids out of range
 };
 
 }  // namespace rd

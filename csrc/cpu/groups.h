@@ -6,24 +6,6 @@
 
 namespace rd::cpu {
 
-// kGroupDroHold: groups absent from the batch keep their q, and the others share the rest.
-enum class Objective { kErm, kGroupDro, kGroupDroHold };
-
-struct Update {
-  Objective objective;
-  double step_size;
-  const float* adjustment;  // [G], added to the mean losses of present groups; null: 0
-  float* q;                 // [G], updated in place
-};
-
-// What the rows of stats [4, G+2] hold. Columns: the groups, labelled rows in no group, all labelled rows.
-enum StatsRow { kLossSum = 0, kCount = 1, kHits = 2, kWeight = 3 };
-
-struct Statistics {
-  float* stats;
-  int64_t* status;  // [2]: labels out of range, group ids out of range
-};
-
 // Writes the statistics, the weights as 0.
 void group_reduce(const float* row_loss, const uint8_t* outcome, int64_t rows, const Groups& groups,
                   const Statistics& statistics);

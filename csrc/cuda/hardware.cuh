@@ -1,5 +1,5 @@
-// What only a GPU has, in one place: shared memory, the fast exponential, and what came with Hopper. The tests put
-// another file in the place of this one to run the kernels on a CPU (tests/cuda_emulation).
+// What only a GPU has, in one place: shared memory, the fast exponential, and what came with Hopper. The
+// tests put another file in the place of this one to run the kernels on a CPU (tests/cuda_emulation).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +7,9 @@
 #include <cstdint>
 
 namespace rd::cuda {
+
+// Where torch's tensors must be for these kernels.
+constexpr const char* kDeviceType = "cuda";
 
 // The block's shared memory, as much as the launch asked for; aligned to 16 bytes, as bulk copies need it.
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -22,13 +25,13 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define RD_HOPPER 0
+#  define RD_HOPPER 0
 #else
-#define RD_HOPPER 1
+#  define RD_HOPPER 1
 #endif
 
-// Clusters: blocks that run at the same time and see each other's shared memory. A launch without a cluster size
-// makes clusters of one block; before Hopper there are no others.
+// Clusters: blocks that run at the same time and see each other's shared memory. A launch without a cluster
+// size makes clusters of one block; before Hopper there are no others.
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank = 0;
 #if RD_HOPPER
@@ -54,7 +57,8 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// `value`, an address in this block's shared memory, read in the block of that rank. Between two cluster_sync().
+// `value`, an address in this block's shared memory, read in the block of that rank. Between two
+// cluster_sync().
 __device__ __forceinline__ float cluster_read(const float* value, unsigned rank) {
 #if RD_HOPPER
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(value)), there;
@@ -67,8 +71,9 @@ __device__ __forceinline__ float cluster_read(const float* value, unsigned rank)
 #endif
 }
 
-// Bulk copies, global to shared memory, by the copy engine. One thread calls begin() for a barrier that it has
-// initialised; after __syncthreads() everyone who reads the copy awaits it first. Each barrier serves one copy.
+// Bulk copies, global to shared memory, by the copy engine. One thread calls begin() for a barrier that it
+// has initialised; after __syncthreads() everyone who reads the copy awaits it first. Each barrier serves one
+// copy.
 struct CopyBarrier {
   uint64_t state;
 };
@@ -86,7 +91,8 @@ __device__ __forceinline__ void init(CopyBarrier* barrier) {
 __device__ __forceinline__ void begin_copy(void* to, const void* from, uint32_t bytes, CopyBarrier* barrier) {
 #if RD_HOPPER
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           static_cast<uint32_t>(__cvta_generic_to_shared(to))),
@@ -111,8 +117,8 @@ __device__ __forceinline__ void await_copy(CopyBarrier* barrier) {
 #endif
 }
 
-// Programmatic dependent launch: a kernel may be started while the one before it still runs. It waits here before
-// it touches memory; without the launch attribute this costs nothing.
+// Programmatic dependent launch: a kernel may be started while the one before it still runs. It waits here
+// before it touches memory; without the launch attribute this costs nothing.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if RD_HOPPER
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -16,11 +16,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.registry import Backend
+from rd_kernels.backends.native import NativeBackend, address
 
 __all__ = ["CPUBackend"]
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_DTYPES = (torch.float32, torch.bfloat16)
+_DEVICE = torch.device("cpu")
 
 CACHE_VARIABLE = "RD_KERNELS_CACHE_BYTES"
 
@@ -28,7 +29,7 @@ CACHE_VARIABLE = "RD_KERNELS_CACHE_BYTES"
 _LARGE = 32 << 20
 
 
-class CPUBackend(Backend):
+class CPUBackend(NativeBackend):
     """C++ kernels for AVX-512, AVX2 or any CPU, chosen at run time or by RD_KERNELS_CPU_ISA."""
 
     name = "cpu"
@@ -51,10 +52,10 @@ class CPUBackend(Backend):
 
     def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index):
         native = self._native
-        results, addresses = self._row_results(logits.shape[0])
+        results, addresses = self._row_results(logits.shape[0], _DEVICE)
         native.row_forward(
             self._rows(logits, labels, ignore_index),
-            native.Target(_address(class_weight), label_smoothing),
+            native.Target(address(class_weight), label_smoothing),
             addresses,
             torch.get_num_threads(),
         )
@@ -77,19 +78,10 @@ class CPUBackend(Backend):
         if out is None:
             out, fresh = self._allocate(logits.shape, logits.dtype)
             stream = not fresh
-        grad_out_stride = 0 if grad_out is None or grad_out.dim() == 0 else grad_out.stride(0)
         native.row_backward(
             self._rows(logits, labels, ignore_index),
-            native.Target(_address(class_weight), label_smoothing),
-            native.RowGradient(
-                _address(grad_out),
-                grad_out_stride,
-                _address(row_scale),
-                self._normaliser(normaliser),
-                out.data_ptr(),
-                out.stride(0),
-                stream,
-            ),
+            native.Target(address(class_weight), label_smoothing),
+            self._row_gradient(grad_out, row_scale, normaliser, out, stream),
             torch.get_num_threads(),
         )
         return out
@@ -98,14 +90,14 @@ class CPUBackend(Backend):
         return self._allocate(shape, dtype, stride)[0]
 
     def softmax_minus_onehot_(self, logits, labels, ignore_index):
-        results, addresses = self._row_results(logits.shape[0])
+        results, addresses = self._row_results(logits.shape[0], _DEVICE)
         self._native.softmax_minus_onehot(
             self._rows(logits, labels, ignore_index), addresses, torch.get_num_threads()
         )
         return results
 
     def group_reduce(self, row_loss, outcome, groups, num_groups):
-        stats, status, addresses = self._statistics(num_groups)
+        stats, status, addresses = self._statistics(num_groups, _DEVICE)
         self._native.group_reduce(
             row_loss.data_ptr(),
             outcome.data_ptr(),
@@ -122,7 +114,7 @@ class CPUBackend(Backend):
         native.group_update(
             native.Statistics(stats.data_ptr(), status.data_ptr()),
             q.numel(),
-            native.Update(objective, step_size, _address(adjustment), q.data_ptr()),
+            self._update(objective, step_size, adjustment, q),
             loss.data_ptr(),
             coefficients.data_ptr(),
         )
@@ -144,11 +136,11 @@ class CPUBackend(Backend):
         rows, num_groups = logits.shape[0], q.numel()
         # q is float32 as these are, and that saves naming the dtype, which takes torch a microsecond each time.
         loss, scale, normaliser = q.new_empty(()), q.new_empty(rows), q.new_empty((2, rows))
-        stats, status, addresses = self._statistics(num_groups)
+        stats, status, addresses = self._statistics(num_groups, _DEVICE)
         native.grouped_forward(
             self._rows(logits, labels, ignore_index),
             self._groups(groups, num_groups),
-            native.Update(objective, step_size, _address(adjustment), q.data_ptr()),
+            self._update(objective, step_size, adjustment, q),
             addresses,
             loss.data_ptr(),
             scale.data_ptr(),
@@ -164,7 +156,7 @@ class CPUBackend(Backend):
         else:
             elements = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if 0 in shape or elements * dtype.itemsize < _LARGE:
-            return super().empty(shape, dtype, torch.device("cpu"), stride), True
+            return super().empty(shape, dtype, _DEVICE, stride), True
         block = self._native.Block(elements * dtype.itemsize)
         memory = torch.frombuffer(block, dtype=dtype, count=elements)
         tensor = memory.view(shape) if stride is None else memory.as_strided(shape, stride)
@@ -190,44 +182,3 @@ class CPUBackend(Backend):
         if isinstance(self._loaded, ImportError):
             raise RuntimeError(self.missing()) from self._loaded
         return self._loaded
-
-    def _rows(self, logits: Tensor, labels: Tensor, ignore_index: int):
-        rows, vocabulary = logits.shape
-        return self._native.Rows(
-            logits.data_ptr(),
-            _DTYPES[logits.dtype],
-            rows,
-            vocabulary,
-            logits.stride(0),
-            labels.data_ptr(),
-            ignore_index,
-        )
-
-    def _row_results(self, rows: int):
-        """-> row_loss [N], normaliser [2, N] and outcome [N], unwritten, and their addresses."""
-        row_loss = torch.empty(rows, dtype=torch.float32)
-        normaliser = torch.empty((2, rows), dtype=torch.float32)
-        outcome = torch.empty(rows, dtype=torch.uint8)
-        addresses = self._native.RowResults(
-            row_loss.data_ptr(), self._normaliser(normaliser), outcome.data_ptr()
-        )
-        return (row_loss, normaliser, outcome), addresses
-
-    def _normaliser(self, normaliser: Tensor):
-        return self._native.Normaliser(normaliser.data_ptr(), normaliser.stride(0))
-
-    def _statistics(self, num_groups: int):
-        """-> stats [4, G+2] and status [2], unwritten, and their addresses."""
-        stats = torch.empty((4, num_groups + 2), dtype=torch.float32)
-        status = torch.empty(2, dtype=torch.int64)
-        return stats, status, self._native.Statistics(stats.data_ptr(), status.data_ptr())
-
-    def _groups(self, groups: Tensor, num_groups: int):
-        is_mask = groups.dtype == torch.bool
-        return self._native.Groups(
-            0 if is_mask else groups.data_ptr(), groups.data_ptr() if is_mask else 0, num_groups
-        )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

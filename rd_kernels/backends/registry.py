@@ -31,6 +31,7 @@ ENVIRONMENT_VARIABLE = "RD_KERNELS_BACKEND"
 
 # Tried in this order by "auto": the first that is usable and serves the tensors wins.
 BACKENDS: dict[str, tuple[str, str]] = {
+    "cuda": ("rd_kernels.backends.cuda", "CUDABackend"),
     "triton": ("rd_kernels.backends.triton_backend", "TritonBackend"),
     "cpu": ("rd_kernels.backends.cpu", "CPUBackend"),
     "reference": ("rd_kernels.reference", "ReferenceBackend"),
@@ -111,6 +112,40 @@ class Backend:
         row_loss, normaliser, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
         self.row_backward(None, None, logits, labels, normaliser, None, 0.0, ignore_index, out=logits)
         return row_loss, normaliser, outcome
+
+    def scale_rows(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """``out`` [N, D] = scale [N] acc times x [N, D], rounded once; 0 where the scale is 0, whatever x.
+
+        ``out`` may be ``x``.
+        """
+        column = scale[:, None]
+        if out is x:
+            return out.mul_(column).masked_fill_(column == 0, 0)
+        return out.copy_(torch.where(column == 0, 0, x * column))
+
+    def compact(self, labels: Tensor, ignore_index: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows with a label, in order, without the host learning how many: all int64.
+
+        -> ``index`` [capacity]: the first ones, then -1; ``position`` [N]: each row's place among all of them, -1
+        without label; ``count`` []: all of them, which may exceed the capacity.
+        """
+        labelled = labels != ignore_index
+        position = torch.where(labelled, labelled.cumsum(0) - 1, -1)
+        places = torch.where(labelled & (position < capacity), position, capacity)
+        index = torch.full((capacity + 1,), -1, dtype=torch.int64, device=labels.device)
+        index.scatter_(0, places, torch.arange(labels.numel(), device=labels.device))
+        return index[:capacity], position, labelled.sum()
+
+    def gather_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """``x`` [M, D] at ``index`` [K] int64 -> [K, D], zeros where the index is not in [0, M).
+
+        With ``compact``'s index it gathers the labelled rows, with its position it puts them back.
+        """
+        inside = (index >= 0) & (index < x.shape[0])
+        if x.shape[0] == 0:
+            return x.new_zeros((index.numel(), x.shape[1]))
+        picked = x.index_select(0, torch.where(inside, index, 0))
+        return torch.where(inside[:, None], picked, 0)
 
     def group_reduce(
         self, row_loss: Tensor, outcome: Tensor, groups: Tensor, num_groups: int
@@ -262,8 +297,8 @@ def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
             raise RuntimeError(f"backend {name!r} cannot serve this call: {reason}")
         return name
     for name in BACKENDS:
-        # Triton is only worth importing for a GPU; its interpreter must be asked for by name.
-        if name == "triton" and device.type == "cpu":
+        # Those for GPUs are only worth loading for one; Triton's interpreter must be asked for by name.
+        if name in ("cuda", "triton") and device.type == "cpu":
             continue
         if get(name).missing() is None and get(name).refuses(probe) is None:
             return name

@@ -1,0 +1,227 @@
+// A row of logits as 16-byte pieces, whatever its alignment, and the softmax of the part a thread has seen.
+// Letters: N rows, V vocabulary.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/types.h"
+#include "cuda/hardware.cuh"
+
+namespace rd::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kHighest = 3.4028234663852886e38f;
+
+template <class T>
+constexpr int kWide = 16 / sizeof(T);  // elements in a piece
+
+// How elements become float32, one or two at a time, and back: to nearest even.
+template <class T>
+struct Element;
+
+template <>
+struct Element<float> {
+  static __device__ __forceinline__ float load(float x) { return x; }
+  static __device__ __forceinline__ float store(float x) { return x; }
+};
+
+template <>
+struct Element<__nv_bfloat16> {
+  static constexpr uint32_t kMinusInfinities = 0xff80ff80u;
+  static __device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ __nv_bfloat16 store(float x) { return __float2bfloat16_rn(x); }
+  static __device__ __forceinline__ float2 load(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+  static __device__ __forceinline__ __nv_bfloat162 store(float2 x) { return __float22bfloat162_rn(x); }
+  using Pair = __nv_bfloat162;
+};
+
+template <>
+struct Element<__half> {
+  static constexpr uint32_t kMinusInfinities = 0xfc00fc00u;
+  static __device__ __forceinline__ float load(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ __half store(float x) { return __float2half_rn(x); }
+  static __device__ __forceinline__ float2 load(__half2 x) { return __half22float2(x); }
+  static __device__ __forceinline__ __half2 store(float2 x) { return __float22half2_rn(x); }
+  using Pair = __half2;
+};
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class T>
+__device__ __forceinline__ uint4 minus_infinities() {
+  uint32_t word;
+  if constexpr (sizeof(T) == 4) {
+    word = 0xff800000u;
+  } else {
+    word = Element<T>::kMinusInfinities;
+  }
+  return make_uint4(word, word, word, word);
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& piece, float (&z)[kWide<T>]) {
+  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if constexpr (sizeof(T) == 4) {
+      z[e] = bits_as<float>(words[e]);
+    } else {
+      const float2 pair = Element<T>::load(bits_as<typename Element<T>::Pair>(words[e]));
+      z[2 * e] = pair.x, z[2 * e + 1] = pair.y;
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint4 pack(const float (&z)[kWide<T>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if constexpr (sizeof(T) == 4) {
+      words[e] = bits_as<uint32_t>(z[e]);
+    } else {
+      words[e] = bits_as<uint32_t>(Element<T>::store(make_float2(z[2 * e], z[2 * e + 1])));
+    }
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Whole pieces begin at multiples of 16 bytes. The elements before the first and after the last of them, the
+// edges, are fewer than 2 kWide: one for each of a team's first threads.
+template <class T>
+struct Row {
+  using Bits = std::conditional_t<std::is_const_v<T>, const uint4, uint4>;
+  T* begin;
+  int size, before, pieces;
+
+  __device__ __forceinline__ Row(T* begin_, int64_t size_) : begin(begin_), size(static_cast<int>(size_)) {
+    const int missing = static_cast<int>((0 - reinterpret_cast<uintptr_t>(begin)) % 16 / sizeof(T));
+    before = missing < size ? missing : size;
+    pieces = (size - before) / kWide<T>;
+  }
+  __device__ __forceinline__ Bits* body() const { return reinterpret_cast<Bits*>(begin + before); }
+  __device__ __forceinline__ int column(int piece) const { return before + piece * kWide<T>; }
+  // The column of the edge that this thread of the team has to see to, or -1.
+  __device__ __forceinline__ int edge(int thread) const {
+    const int column = thread < before ? thread : thread + pieces * kWide<T>;
+    return thread < 2 * kWide<T> && column < size ? column : -1;
+  }
+};
+
+// kMiss stands for every row that counts.
+__device__ __forceinline__ Outcome outcome_by_label(const Rows& rows, int64_t label) {
+  if (label == rows.ignore_index) return kIgnored;
+  return label < 0 || label >= rows.vocabulary ? kBadLabel : kMiss;
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(void* base, int64_t stride, int64_t i) {
+  return static_cast<T*>(base) + i * stride;
+}
+
+// The largest logit so far and sum_j exp(z_j - maximum). The maximum stays within the finite numbers, so that
+// a logit of -inf adds exp(-inf) = 0 and one of +inf adds exp(inf) = inf, where infinite differences would
+// give NaN: only a NaN does.
+struct Softmax {
+  float maximum = -kHighest;
+  float total = 0;
+
+  template <int kPieces, int kElements>
+  __device__ __forceinline__ void absorb(const float (&z)[kPieces][kElements]) {
+    float highest = maximum;
+#pragma unroll
+    for (int u = 0; u < kPieces; ++u) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) highest = fmaxf(highest, z[u][e]);
+    }
+    highest = fminf(highest, kHighest);
+    float sum[kPieces] = {};  // a chain of additions for each piece
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+#pragma unroll
+      for (int u = 0; u < kPieces; ++u) sum[u] += exp2_approximate((z[u][e] - highest) * kLog2E);
+    }
+    total *= exp2_approximate((maximum - highest) * kLog2E);
+#pragma unroll
+    for (int u = 0; u < kPieces; ++u) total += sum[u];
+    maximum = highest;
+  }
+
+  __device__ __forceinline__ void absorb(float z) {
+    const float one[1][1] = {{z}};
+    absorb(one);
+  }
+
+  __device__ __forceinline__ void join(float other_maximum, float other_total) {
+    const float highest = fmaxf(maximum, other_maximum);
+    total = total * exp2_approximate((maximum - highest) * kLog2E) +
+            other_total * exp2_approximate((other_maximum - highest) * kLog2E);
+    maximum = highest;
+  }
+
+  // What is saved of a row: its largest logit, infinite ones included, and log sum_j exp(z_j - maximum); as
+  // in torch's cross_entropy NaN for a row that holds NaN or +inf or nothing but -inf.
+  __device__ __forceinline__ float saved_maximum() const {
+    return total == 0 ? -INFINITY : total == INFINITY ? INFINITY : maximum;
+  }
+  __device__ __forceinline__ float log_total() const {
+    return total > 0 && total < INFINITY ? logf(total) : NAN;
+  }
+};
+
+// What a block needs to join its threads' softmaxes; `smooth` is summed along.
+template <int kWarps>
+struct SoftmaxSlots {
+  float maximum[kWarps], total[kWarps], smooth[kWarps];
+};
+
+// Joins what the team's threads have seen of a row: a warp (kThreads = 32), a block, or a cluster of blocks,
+// always in the same order. The result is right in the warp's first thread, or in every thread of the blocks.
+template <int kThreads>
+__device__ __forceinline__ void join_team(Softmax& seen, float& smooth, SoftmaxSlots<kThreads / 32>& slots) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const float other_maximum = __shfl_xor_sync(~0u, seen.maximum, lanes);
+    const float other_total = __shfl_xor_sync(~0u, seen.total, lanes);
+    smooth += __shfl_xor_sync(~0u, smooth, lanes);
+    seen.join(other_maximum, other_total);
+  }
+  if constexpr (kThreads > 32) {
+    if (threadIdx.x % 32 == 0) {
+      const int warp = threadIdx.x / 32;
+      slots.maximum[warp] = seen.maximum, slots.total[warp] = seen.total, slots.smooth[warp] = smooth;
+    }
+    const unsigned blocks = cluster_size();
+    blocks > 1 ? cluster_sync() : __syncthreads();
+    seen = Softmax();
+    smooth = 0;
+    for (unsigned rank = 0; rank < blocks; ++rank) {
+#pragma unroll
+      for (int warp = 0; warp < kThreads / 32; ++warp) {
+        if (blocks > 1) {
+          seen.join(cluster_read(&slots.maximum[warp], rank), cluster_read(&slots.total[warp], rank));
+          smooth += cluster_read(&slots.smooth[warp], rank);
+        } else {
+          seen.join(slots.maximum[warp], slots.total[warp]);
+          smooth += slots.smooth[warp];
+        }
+      }
+    }
+    if (blocks > 1) cluster_sync();  // no block may end while another reads its slots
+  }
+}
+
+}  // namespace rd::cuda
