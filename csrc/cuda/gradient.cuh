@@ -66,49 +66,31 @@ __device__ __forceinline__ void write_edge(const T* logits, const Row<T>& out, c
   out.begin[column] = Element<T>::store(value);
 }
 
-// Logits that are not aligned as the gradient is: the two 16-byte pieces that a wanted one lies across,
-// shifted.
-struct ShiftedPieces {
-  const uint4* aligned;
-  const uint8_t *body, *row_end;
-
-  __device__ __forceinline__ ShiftedPieces(const void* body_, const void* row_end_)
-      : aligned(reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(body_) / 16 * 16)),
-        body(static_cast<const uint8_t*>(body_)),
-        row_end(static_cast<const uint8_t*>(row_end_)) {}
-
-  template <class T>
-  __device__ __forceinline__ uint4 load(int piece) const {
-    const uint4* two = aligned + piece;
-    if (reinterpret_cast<const uint8_t*>(two + 2) >
-        row_end) {  // the second piece may not be there as a whole
-      T values[kWide<T>];
-      for (int e = 0; e < kWide<T>; ++e) values[e] = reinterpret_cast<const T*>(body)[piece * kWide<T> + e];
-      return bits_as<uint4>(values);
-    }
-    const uint4 low = __ldg(two), high = __ldg(two + 1);
-    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(body) % 16);
-    const int bits = shift % 4 * 8;
-    switch (shift / 4) {  // the same for the whole row
-      case 0:
-        return shifted(low.x, low.y, low.z, low.w, high.x, bits);
-      case 1:
-        return shifted(low.y, low.z, low.w, high.x, high.y, bits);
-      case 2:
-        return shifted(low.z, low.w, high.x, high.y, high.z, bits);
-      default:
-        return shifted(low.w, high.x, high.y, high.z, high.w, bits);
-    }
+// A piece of logits that are not aligned as the gradient is: of the two aligned pieces that it lies across,
+// shifted. The second is read as a whole, so the last piece of a row, beyond which nothing may be read, is
+// not for this.
+__device__ __forceinline__ uint4 shifted_piece(const void* wanted) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(wanted);
+  const uint4* two = reinterpret_cast<const uint4*>(address / 16 * 16);
+  const uint4 low = __ldg(two), high = __ldg(two + 1);
+  const int bits = static_cast<int>(address % 4) * 8;
+  const auto shifted = [bits](uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t e) {
+    const auto word = [bits](uint32_t first, uint32_t second) {
+      return static_cast<uint32_t>((static_cast<uint64_t>(second) << 32 | first) >> bits);
+    };
+    return make_uint4(word(a, b), word(b, c), word(c, d), word(d, e));
+  };
+  switch (address % 16 / 4) {  // the same for the whole row
+    case 0:
+      return shifted(low.x, low.y, low.z, low.w, high.x);
+    case 1:
+      return shifted(low.y, low.z, low.w, high.x, high.y);
+    case 2:
+      return shifted(low.z, low.w, high.x, high.y, high.z);
+    default:
+      return shifted(low.w, high.x, high.y, high.z, high.w);
   }
-
-  static __device__ __forceinline__ uint32_t word(uint32_t low, uint32_t high, int bits) {
-    return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> bits);
-  }
-  static __device__ __forceinline__ uint4 shifted(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t e,
-                                                  int bits) {
-    return make_uint4(word(a, b, bits), word(b, c, bits), word(c, d, bits), word(d, e, bits));
-  }
-};
+}
 
 template <class T, bool kSmooth>
 __device__ __forceinline__ void write_gradient(const T* logits, const Row<T>& out, const Part& part,
@@ -117,10 +99,15 @@ __device__ __forceinline__ void write_gradient(const T* logits, const Row<T>& ou
   write_edge<T, kSmooth>(logits, out, part, slope, w);
   const T* body = logits + out.before;
   if (reinterpret_cast<uintptr_t>(body) % 16 != 0) {
-    const ShiftedPieces shifted(body, logits + out.size);
-    for (int piece = part.begin + part.thread; piece < part.end; piece += part.team) {
-      const uint4 bits = shifted.load<T>(piece);
+    int piece = part.begin + part.thread;
+    for (; piece < part.end && piece < out.pieces - 1; piece += part.team) {
+      const uint4 bits = shifted_piece(body + piece * kWide<T>);
       store(out.body() + piece, gradient_of<T, kSmooth>(bits, out.column(piece), slope, w));
+    }
+    if (piece < part.end) {
+      T last[kWide<T>];
+      for (int e = 0; e < kWide<T>; ++e) last[e] = body[piece * kWide<T> + e];
+      store(out.body() + piece, gradient_of<T, kSmooth>(bits_as<uint4>(last), out.column(piece), slope, w));
     }
     return;
   }

@@ -65,7 +65,11 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
       }
     }
   }
-  join_team<kTeam>(seen, smooth, slots);
+  if constexpr (kTeam == 32) {
+    join_warp(seen, smooth);
+  } else {
+    join_blocks<kTeam, false>(seen, smooth, slots);
+  }
   if (thread != 0) return;
 
   const float maximum = seen.saved_maximum(), log_total = seen.log_total();

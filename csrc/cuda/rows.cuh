@@ -188,10 +188,8 @@ struct SoftmaxSlots {
   float maximum[kWarps], total[kWarps], smooth[kWarps];
 };
 
-// Joins what the team's threads have seen of a row: a warp (kThreads = 32), a block, or a cluster of blocks,
-// always in the same order. The result is right in the warp's first thread, or in every thread of the blocks.
-template <int kThreads>
-__device__ __forceinline__ void join_team(Softmax& seen, float& smooth, SoftmaxSlots<kThreads / 32>& slots) {
+// Over a warp; right in its first lane. (The sums of two lanes are rounded differently in either.)
+__device__ __forceinline__ void join_warp(Softmax& seen, float& smooth) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     const float other_maximum = __shfl_xor_sync(~0u, seen.maximum, lanes);
@@ -199,29 +197,39 @@ __device__ __forceinline__ void join_team(Softmax& seen, float& smooth, SoftmaxS
     smooth += __shfl_xor_sync(~0u, smooth, lanes);
     seen.join(other_maximum, other_total);
   }
-  if constexpr (kThreads > 32) {
-    if (threadIdx.x % 32 == 0) {
-      const int warp = threadIdx.x / 32;
-      slots.maximum[warp] = seen.maximum, slots.total[warp] = seen.total, slots.smooth[warp] = smooth;
-    }
-    const unsigned blocks = cluster_size();
-    blocks > 1 ? cluster_sync() : __syncthreads();
+}
+
+// Joins what the threads of a block, or of a cluster of blocks, have seen of a row, always in the same order.
+// The result is right in the first thread of every block, with kForAll in every thread.
+template <int kThreads, bool kForAll>
+__device__ __forceinline__ void join_blocks(Softmax& seen, float& smooth,
+                                            SoftmaxSlots<kThreads / 32>& slots) {
+  constexpr int kWarps = kThreads / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = static_cast<int>(cluster_size());
+  join_warp(seen, smooth);
+  if (lane == 0)
+    slots.maximum[warp] = seen.maximum, slots.total[warp] = seen.total, slots.smooth[warp] = smooth;
+  blocks > 1 ? cluster_sync() : __syncthreads();
+  if (kForAll || warp == 0) {
     seen = Softmax();
     smooth = 0;
-    for (unsigned rank = 0; rank < blocks; ++rank) {
-#pragma unroll
-      for (int warp = 0; warp < kThreads / 32; ++warp) {
-        if (blocks > 1) {
-          seen.join(cluster_read(&slots.maximum[warp], rank), cluster_read(&slots.total[warp], rank));
-          smooth += cluster_read(&slots.smooth[warp], rank);
-        } else {
-          seen.join(slots.maximum[warp], slots.total[warp]);
-          smooth += slots.smooth[warp];
-        }
+    for (int slot = lane; slot < blocks * kWarps; slot += 32) {
+      const int rank = slot / kWarps, other = slot % kWarps;
+      if (blocks > 1) {
+        seen.join(cluster_read(&slots.maximum[other], rank), cluster_read(&slots.total[other], rank));
+        smooth += cluster_read(&slots.smooth[other], rank);
+      } else {
+        seen.join(slots.maximum[other], slots.total[other]);
+        smooth += slots.smooth[other];
       }
     }
-    if (blocks > 1) cluster_sync();  // no block may end while another reads its slots
+    join_warp(seen, smooth);
+    if constexpr (kForAll) {
+      seen.maximum = __shfl_sync(~0u, seen.maximum, 0);
+      seen.total = __shfl_sync(~0u, seen.total, 0);
+    }
   }
+  if (blocks > 1) cluster_sync();  // no block may end while another reads its slots
 }
 
 }  // namespace rd::cuda

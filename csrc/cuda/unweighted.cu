@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) softmax_minus_onehot_kernel(Rows row
     }
   }
   float smooth = 0;
-  join_team<kThreads>(seen, smooth, memory.slots);
+  join_blocks<kThreads, true>(seen, smooth, memory.slots);
 
   const float maximum = seen.saved_maximum(), log_total = seen.log_total();
   if (writes_results) {
