@@ -1,13 +1,19 @@
 """Shared fixtures. Without a GPU, Triton kernels run under Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when torch is imported: torch.compile's caches do not see a change of an op's fake implementation.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Read when cuBLAS starts: the oracles' matrix products under the fixture `poisoned`.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+
+from rd_kernels.backends.registry import BACKENDS
+from tests.devices import device_of
 
 if not torch.cuda.is_available():
     # Read by triton when it is first imported, so it must stand before any test module.
@@ -30,17 +36,24 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn. A missing one is a failure: `make test` builds and installs all of them."""
-    return request.param
+@pytest.fixture(params=[name for name in ("reference", "cpu", "triton", "cuda") if name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, on its device: while the test runs, torch's factory functions make tensors there.
+
+    So a test that uses this fixture makes its tensors inside, and names no device. A missing backend is a failure:
+    `make test` builds and installs all of them.
+    """
+    device = device_of(request.param)
+    torch.set_default_device(None if device == "cpu" else device)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture
 def poisoned():
     """Uninitialised memory holds NaN (integers: their maximum), so an element no kernel wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # oracles may use what a GPU adds in any order
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import rd_kernels as rd
+from tests.devices import device_of
 from tests.oracles import PublishedGroupDRO, eager_group_dro, members_of, row_losses
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -21,13 +22,12 @@ EPSILON = {torch.float64: 1e-14, torch.float32: 4e-7, torch.bfloat16: 2**-8, tor
 DTYPES = {
     "reference": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
     "cpu": [torch.float32, torch.bfloat16],
-    "triton": [torch.float32, torch.bfloat16],
 }
-ELEMENTS = {
-    "reference": 1 << 30,
-    "cpu": 1 << 30,
-    "triton": 3000,
-}  # the interpreter is slow; test_triton_kernels.py has 30522
+ON_GPU = [torch.float32, torch.bfloat16, torch.float16]  # triton, cuda
+INTERPRETED = (
+    ON_GPU[:2],
+    3000,
+)  # dtypes and elements on a CPU, which is slow; test_triton_kernels.py has 30522
 VOCABULARIES = [1, 2, 127, 1000, 30522]
 ROWS = [0, 1, 3, 17]
 GROUPINGS = ["ids", "one group", "one absent", "overlapping mask", "some in none"]
@@ -81,8 +81,11 @@ def error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def grid(backend: str):
-    for dtype, vocabulary, rows in itertools.product(DTYPES[backend], VOCABULARIES, ROWS):
-        if rows * vocabulary <= ELEMENTS[backend]:
+    dtypes, elements = DTYPES.get(backend, ON_GPU), 1 << 30
+    if backend not in DTYPES and device_of(backend) == "cpu":
+        dtypes, elements = INTERPRETED
+    for dtype, vocabulary, rows in itertools.product(dtypes, VOCABULARIES, ROWS):
+        if rows * vocabulary <= elements:
             yield dtype, vocabulary, rows
 
 
@@ -182,13 +185,13 @@ def test_non_finite_logits_behave_as_in_torch(backend, kind, width):
     logits[1, -4:] = torch.tensor(NON_FINITE[kind])
     labels = torch.full((3,), width - 2)
     logits[0], logits[2] = torch.randn(2, width)
-    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    ours, theirs = logits.clone().requires_grad_(), logits.cpu().clone().requires_grad_()
     loss = rd.functional.cross_entropy(ours, labels, reduction="none", backend=backend)
-    expected = F.cross_entropy(theirs, labels, reduction="none")
-    torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
+    expected = F.cross_entropy(theirs, labels.cpu(), reduction="none")
+    torch.testing.assert_close(loss.cpu(), expected, equal_nan=True, rtol=1e-5, atol=1e-6)
     loss.sum().backward()
     expected.sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.cpu(), theirs.grad, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
 def test_non_finite_group_loss_keeps_q(backend):
@@ -307,6 +310,8 @@ def test_report(backend, objective):
 
 @pytest.mark.parametrize("bad", ["label", "group"])
 def test_values_out_of_range_raise_before_q_changes(backend, bad):
+    if device_of(backend) != "cpu":
+        pytest.skip("a GPU does not stop for the error: tests/gpu/test_inputs.py")
     labels, groups = torch.tensor([1, 2, 3]), torch.tensor([0, 1, 1])
     (labels if bad == "label" else groups)[1] = 6
     q = torch.tensor([0.4, 0.6])

@@ -6,42 +6,41 @@ import torch
 import rd_kernels as rd
 from rd_kernels import ops
 
-LABELS = torch.tensor([3, -100, 0, 6, 2])
-
 
 def arguments(backend):
     """Example arguments of every op, by name."""
     torch.manual_seed(0)
+    labels = torch.tensor([3, -100, 0, 6, 2])
     logits, groups = torch.randn(5, 7), torch.tensor([0, 1, 1, -1, 2])
     mask = torch.rand(5, 3) < 0.5
     weight, q, adjustment = torch.rand(7), torch.tensor([0.2, 0.5, 0.3]), torch.rand(3)
-    rows = ops.row_forward(logits, LABELS, weight, 0.1, -100, backend)
-    row_loss, normaliser, outcome = ops.row_forward(logits, LABELS, None, 0.0, -100, backend)
+    rows = ops.row_forward(logits, labels, weight, 0.1, -100, backend)
+    row_loss, normaliser, outcome = ops.row_forward(logits, labels, None, 0.0, -100, backend)
     stats, status = ops.group_reduce(row_loss, outcome, groups, 7, 3, backend)
     hidden, decoder, bias = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7)
-    linear = ops.linear_forward(hidden, decoder, bias, LABELS, -100, 3, 2, backend)
+    linear = ops.linear_forward(hidden, decoder, bias, labels, -100, 3, 2, backend)
     return {
-        "row_forward": [(logits, LABELS, weight, 0.1, -100), (logits, LABELS, None, 0.0, -100)],
+        "row_forward": [(logits, labels, weight, 0.1, -100), (logits, labels, None, 0.0, -100)],
         "row_backward": [
-            (torch.randn(5), None, logits, LABELS, rows[1], weight, 0.1, -100),
-            (torch.tensor(2.0), torch.rand(5), logits, LABELS, normaliser, None, 0.0, -100),
+            (torch.randn(5), None, logits, labels, rows[1], weight, 0.1, -100),
+            (torch.tensor(2.0), torch.rand(5), logits, labels, normaliser, None, 0.0, -100),
         ],
         "row_backward_": [
-            (torch.tensor(2.0), torch.rand(5), logits.clone(), LABELS, normaliser, None, 0.0, -100),
+            (torch.tensor(2.0), torch.rand(5), logits.clone(), labels, normaliser, None, 0.0, -100),
         ],
         "grouped_forward": [
-            (logits, LABELS, groups, q.clone(), "group_dro", 0.1, adjustment, -100),
-            (logits, LABELS, mask, q.clone(), "erm", 0.0, None, -100),
+            (logits, labels, groups, q.clone(), "group_dro", 0.1, adjustment, -100),
+            (logits, labels, mask, q.clone(), "erm", 0.0, None, -100),
         ],
         "group_reduce": [(row_loss, outcome, groups, 7, 3), (row_loss, outcome, mask, 7, 3)],
         "group_update": [(stats.clone(), status, q.clone(), "group_dro", 0.1, None)],
         "row_scale": [(torch.rand(3), outcome, groups), (torch.rand(3), outcome, mask)],
         "reduce_and_update": [(row_loss, outcome, groups, q.clone(), "group_dro", 0.1, adjustment, 7)],
-        "linear_forward": [(hidden, decoder, bias, LABELS, -100, 3, 2), (hidden, decoder, None, LABELS, -100, 5, 5)],
+        "linear_forward": [(hidden, decoder, bias, labels, -100, 3, 2), (hidden, decoder, None, labels, -100, 5, 5)],
         "linear_backward": [
-            (torch.tensor(2.0), torch.rand(5), linear[3], linear[1], hidden, decoder, bias, LABELS, -100, 2,
+            (torch.tensor(2.0), torch.rand(5), linear[3], linear[1], hidden, decoder, bias, labels, -100, 2,
              [True, True, True]),
-            (torch.tensor(2.0), torch.rand(5), linear[3], linear[1], hidden, decoder, None, LABELS, -100, 2,
+            (torch.tensor(2.0), torch.rand(5), linear[3], linear[1], hidden, decoder, None, labels, -100, 2,
              [True, False, False]),
         ],
     }  # fmt: skip

@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-# The kernels run on the GPU if there is one, else under Triton's interpreter.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.devices import device_of
+
+DEVICE = device_of("triton")
 IGNORE = -100
 MISS, HIT, IGNORED, BAD_LABEL = 0, 1, 2, 3
 HUGE = 2**40  # a label or id beyond int32

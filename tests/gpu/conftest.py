@@ -1,0 +1,29 @@
+"""The backends that run on a GPU, on it. Without one every test of this folder is skipped."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from rd_kernels.backends.registry import BACKENDS, get
+from tests.devices import GPU
+
+
+@pytest.fixture(params=[name for name in ("triton", "cuda") if name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As the suite's fixture of that name. With a GPU, a backend that is missing is a failure."""
+    if not GPU:
+        pytest.skip("torch sees no GPU")
+    assert get(request.param).missing() is None
+    torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the next test may need the whole memory
+
+
+def require_memory(needed: int) -> None:
+    """Skip if fewer bytes than that are free on the GPU."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} GiB are free")
