@@ -98,11 +98,11 @@ Scheduler::Scheduler(const Launch& launch, uint64_t seed)
       block.cluster = &cluster;
       block.rank = rank;
       block.threads.resize(threads_);
-      // Of this size exactly: the address sanitizer sees what goes past it.
-      if (launch.shared_bytes &&
-          posix_memalign(reinterpret_cast<void**>(&block.shared), 128, launch.shared_bytes)) {
+      // Of this size exactly: the address sanitizer sees what goes past it. Without it there is a margin to
+      // look at.
+      const size_t bytes = launch.shared_bytes + (sanitized() ? 0 : kMargin);
+      if (bytes && posix_memalign(reinterpret_cast<void**>(&block.shared), 128, bytes))
         throw std::bad_alloc();
-      }
     }
   }
   while (fibres.size() < first_fibre) {
@@ -116,6 +116,7 @@ void Scheduler::start(Cluster& cluster, unsigned number) {
       position(number, {launch_.grid.x / size.x, launch_.grid.y / size.y, launch_.grid.z / size.z});
   cluster.alive = cluster_blocks_ * threads_;
   cluster.barrier.arrived = 0;
+  cluster.generation++;
   for (Block& block : cluster.blocks) {
     const uint3 inside = position(block.rank, size);
     block.index = {base.x * size.x + inside.x, base.y * size.y + inside.y, base.z * size.z + inside.z};
@@ -126,7 +127,7 @@ void Scheduler::start(Cluster& cluster, unsigned number) {
     block.seen.clear();
     // NaN to whoever reads what nobody wrote. By hand: memset would be an access in the eyes of the race
     // detector.
-    for (size_t i = 0; i < launch_.shared_bytes; i++)
+    for (size_t i = 0; i < launch_.shared_bytes + (sanitized() ? 0 : kMargin); i++)
       const_cast<volatile unsigned char*>(block.shared)[i] = 0xff;
     for (unsigned i = 0; i < threads_; i++) {
       Thread& thread = block.threads[i];
@@ -134,6 +135,7 @@ void Scheduler::start(Cluster& cluster, unsigned number) {
       thread.number = i;
       thread.index = position(i, launch_.block);
       thread.kind = Kind::kRunning;
+      thread.lags = order_ == Order::kRandom && random_() % 16 == 0;
       ready_.push_back(&thread);
     }
   }
@@ -158,15 +160,18 @@ void Scheduler::run() {
     if (order_ == Order::kDescending) std::reverse(turn.begin(), turn.end());
     if (order_ == Order::kRandom) std::shuffle(turn.begin(), turn.end(), random_);
     for (Thread* thread : turn) {
-      // Some threads fall behind the others.
-      if (order_ == Order::kRandom && random_() % 4 == 0) {
+      // All threads fall behind the others now and then, some far.
+      if (order_ == Order::kRandom && (thread->lags ? random_() % 64 != 0 : random_() % 4 == 0)) {
         ready_.push_back(thread);
       } else {
         resume(*thread);
       }
     }
   }
-  for (Cluster& cluster : clusters_) acquire(&cluster.order);
+  for (Cluster& cluster : clusters_) {
+    acquire(&cluster.order[0]);
+    acquire(&cluster.order[1]);
+  }
 }
 
 void Scheduler::resume(Thread& thread) {
@@ -191,9 +196,10 @@ void Scheduler::run_threads() {
   scheduler->fibre_->arrived();
   for (;;) {
     acquire(&scheduler->start_order_);
-    acquire(&scheduler->current_->block->cluster->order);
+    acquire(
+        &scheduler->current_->block->cluster->order[~scheduler->current_->block->cluster->generation & 1]);
     scheduler->launch_.body(scheduler->launch_.arguments);
-    release(&scheduler->current_->block->cluster->order);
+    release(&scheduler->current_->block->cluster->order[scheduler->current_->block->cluster->generation & 1]);
     scheduler->wait(Kind::kExited);
   }
 }
@@ -228,6 +234,10 @@ void Scheduler::exit(Thread& thread) {
   if (block.alive > 0) check_block(block);
   if (block.cluster->alive > 0) check_cluster(*block.cluster);
   if (block.alive > 0) return;
+  const unsigned char* end = block.shared + launch_.shared_bytes;
+  if (!sanitized() && std::any_of(end, end + kMargin, [](unsigned char byte) { return byte != 0xff; })) {
+    fail(&thread, "the block has written past the end of its shared memory");
+  }
   for (unsigned i = 0; i < block.copies_used; i++) {
     const Copy& copy = block.copies[i];
     if (copy.begun && !copy.arrived) fail(&thread, "the block has exited before a copy that nobody awaited");
@@ -273,22 +283,23 @@ void Scheduler::check_cluster(Cluster& cluster) {
 
 void Scheduler::check_warp(Thread& thread) {
   Block& block = *thread.block;
-  Thread* warp = block.warp(thread);
+  const Thread* warp = block.warp(thread);
   if (!(thread.mask >> thread.lane() & 1)) fail(&thread, "its mask leaves out the thread itself");
-  bool complete = true;
-  for (unsigned lane = 0; lane < kLanes; lane++) {
+  // Whoever arrives last gets around to all; the others, mostly, no further than the next lane.
+  for (unsigned i = 1; i < kLanes; i++) {
+    const unsigned lane = (thread.lane() + i) % kLanes;
     if (!(thread.mask >> lane & 1)) continue;
     if (lane >= block.lanes(thread) || warp[lane].kind == Kind::kExited) {
       fail(&thread, "lane " + std::to_string(lane) + " of its mask has exited");
     }
     const Thread& other = warp[lane];
-    if (!is_warp_collective(other.kind)) {
-      complete = false;
-    } else if (other.kind != thread.kind || other.mask != thread.mask) {
+    if (!is_warp_collective(other.kind)) return;
+    if (other.kind != thread.kind || other.mask != thread.mask) {
+      if (!(other.mask >> thread.lane() & 1)) return;  // those it names may go on, and come here
       fail(&thread, "but " + describe(other));
     }
   }
-  if (complete) finish_warp(thread);
+  finish_warp(thread);
 }
 
 void Scheduler::finish_warp(Thread& thread) {

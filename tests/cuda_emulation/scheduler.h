@@ -17,6 +17,7 @@
 namespace emulation {
 
 constexpr unsigned kLanes = 32;
+constexpr size_t kMargin = 256;  // behind shared memory
 inline bool is_warp_collective(Kind kind) { return kind >= Kind::kSyncWarp; }
 inline bool is_block_barrier(Kind kind) {
   return kind >= Kind::kSyncThreads && kind <= Kind::kSyncThreadsCount;
@@ -37,6 +38,7 @@ struct Thread {
   uint3 index{};
   Kind kind = Kind::kExited;
   unsigned mask = 0, argument = 0, width = 0, lanes_generation = 0;
+  bool lags = false;
   uint64_t value = 0, result = 0;
   void* address = nullptr;
   unsigned warp_syncs = 0;
@@ -77,9 +79,10 @@ struct Block {
 
 struct Cluster {
   std::vector<Block> blocks;
-  unsigned alive = 0, first_fibre = 0;
+  unsigned alive = 0, first_fibre = 0, generation = 0;
   Barrier barrier;
-  char order;  // from one cluster in this place to the next
+  char order[2];  // from one cluster in this place to the next: the other generation's is acquired, this
+                  // one's released
 };
 
 enum class Order { kAscending, kDescending, kRandom };

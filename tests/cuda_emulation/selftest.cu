@@ -24,16 +24,18 @@ __device__ float warp_sum(float value) {
 }
 
 __device__ float block_sum(float value, float* partial) {
-  value = warp_sum(value);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
 #ifdef BUG_NOT_ALL_AT_BARRIER
-  if (threadIdx.x % 32 == 0)
-#endif
-#ifndef BUG_MISSING_BARRIER
-    __syncthreads();
+  if (threadIdx.x % 32 == 0) __syncthreads();
 #endif
 #ifdef BUG_DIFFERENT_MASKS
-  __syncwarp(threadIdx.x % 2 ? kAll : 0x55555555);
+  __syncwarp(threadIdx.x % 32 ? kAll : 0x55555555);
+#else
+  if (threadIdx.x % 2 == 0) __syncwarp(0x55555555);  // while the others wait in the sum already
+#endif
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+#ifndef BUG_MISSING_BARRIER
+  __syncthreads();
 #endif
   float sum = 0;
   for (unsigned warp = 0; warp < blockDim.x / 32; warp++) sum += partial[warp];
