@@ -1,5 +1,6 @@
 """Shared fixtures. Without a GPU, Triton kernels run under Triton's interpreter."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from rd_kernels.backends.registry import BACKENDS
+from rd_kernels.backends.registry import BACKENDS, Backend, get
 from tests.devices import device_of
 
 if not torch.cuda.is_available():
@@ -36,17 +37,31 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[name for name in ("reference", "cpu", "triton", "cuda") if name in BACKENDS])
+@contextlib.contextmanager
+def on_device_of(backend: str) -> Iterator[None]:
+    """In this block torch's factory functions make tensors where ``backend`` is tested."""
+    device = device_of(backend)
+    torch.set_default_device(None if device == "cpu" else device)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn, on its device: while the test runs, torch's factory functions make tensors there.
 
     So a test that uses this fixture makes its tensors inside, and names no device. A missing backend is a failure:
     `make test` builds and installs all of them.
     """
-    device = device_of(request.param)
-    torch.set_default_device(None if device == "cpu" else device)
-    yield request.param
-    torch.set_default_device(None)
+    with on_device_of(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The launcher of each GPU backend in turn, on its device as above."""
+    with on_device_of(request.param):
+        yield get(request.param)
 
 
 @pytest.fixture

@@ -22,12 +22,11 @@ EPSILON = {torch.float64: 1e-14, torch.float32: 4e-7, torch.bfloat16: 2**-8, tor
 DTYPES = {
     "reference": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
     "cpu": [torch.float32, torch.bfloat16],
+    "triton": [torch.float32, torch.bfloat16, torch.float16],
+    "cuda": [torch.float32, torch.bfloat16, torch.float16],
 }
-ON_GPU = [torch.float32, torch.bfloat16, torch.float16]  # triton, cuda
-INTERPRETED = (
-    ON_GPU[:2],
-    3000,
-)  # dtypes and elements on a CPU, which is slow; test_triton_kernels.py has 30522
+# Triton's interpreter is slow; test_gpu_kernels.py has 30522.
+INTERPRETED_DTYPES, INTERPRETED_ELEMENTS = [torch.float32, torch.bfloat16], 3000
 VOCABULARIES = [1, 2, 127, 1000, 30522]
 ROWS = [0, 1, 3, 17]
 GROUPINGS = ["ids", "one group", "one absent", "overlapping mask", "some in none"]
@@ -81,9 +80,9 @@ def error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def grid(backend: str):
-    dtypes, elements = DTYPES.get(backend, ON_GPU), 1 << 30
-    if backend not in DTYPES and device_of(backend) == "cpu":
-        dtypes, elements = INTERPRETED
+    dtypes, elements = DTYPES[backend], 1 << 30
+    if backend == "triton" and device_of(backend) == "cpu":
+        dtypes, elements = INTERPRETED_DTYPES, INTERPRETED_ELEMENTS
     for dtype, vocabulary, rows in itertools.product(dtypes, VOCABULARIES, ROWS):
         if rows * vocabulary <= elements:
             yield dtype, vocabulary, rows

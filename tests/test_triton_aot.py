@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rd_kernels.backends import triton_aot
+from rd_kernels.backends import machine_code, triton_aot
 
 KERNELS = {"row_forward", "row_backward", "group_partials", "group_totals", "group_update", "row_scale"}
 PER_TARGET = pytest.mark.parametrize("target", triton_aot.TARGETS)
@@ -102,10 +102,10 @@ AMD = [
 ]
 
 
-@pytest.mark.parametrize(("lines", "width"), [(SASS, "_nvidia_width"), (AMD, "_amd_width")])
-def test_only_accesses_inside_a_loop_are_counted(lines, width):
+@pytest.mark.parametrize(("lines", "access"), [(SASS, "_nvidia_access"), (AMD, "_amd_access")])
+def test_only_accesses_inside_a_loop_are_counted(lines, access):
     backward_jump = [(4, 1), (0, 5)]
-    accesses = triton_aot._loop_accesses(lines, backward_jump, getattr(triton_aot, width))
+    accesses = machine_code._loop_accesses(lines, backward_jump, getattr(machine_code, access))
     assert accesses == {"loads": {16: 1, 128: 1}, "stores": {32: 1}}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rd_kernels.backends.triton_backend import TritonBackend
-from tests.triton_oracles import DEVICE
+from tests.devices import device_of
 
 
 def with_kernels(version="3.9.0", interpreted=False):
@@ -23,8 +23,8 @@ def test_refuses_what_it_cannot_serve():
     backend = TritonBackend()
     assert backend.missing() is None
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert backend.refuses(torch.zeros(1, 1, device=DEVICE, dtype=dtype)) is None
-    assert "float64" in backend.refuses(torch.zeros(1, 1, device=DEVICE, dtype=torch.float64))
+        assert backend.refuses(torch.zeros(1, 1, device=device_of("triton"), dtype=dtype)) is None
+    assert "float64" in backend.refuses(torch.zeros(1, 1, device=device_of("triton"), dtype=torch.float64))
     assert "meta" in backend.refuses(torch.zeros(1, 1, device="meta"))
 
 

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(Matrix x, const fl
     const T* place = from + to.column(piece);
     float values[kWide<T>];
     if (wide) {
-      unpack<T>(*reinterpret_cast<const uint4*>(place), values);
+      unpack<T>(__ldcs(reinterpret_cast<const uint4*>(place)), values);
     } else {
       for (int e = 0; e < kWide<T>; ++e) values[e] = Element<T>::load(place[e]);
     }
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(Matrix x, const i
   for (int piece = lane; piece < to.pieces; piece += 32) {
     uint4 bits = make_uint4(0, 0, 0, 0);
     if (present && wide) {
-      bits = *reinterpret_cast<const uint4*>(from + to.column(piece));
+      bits = __ldcs(reinterpret_cast<const uint4*>(from + to.column(piece)));
     } else if (present) {
       T values[kWide<T>];
       for (int e = 0; e < kWide<T>; ++e) values[e] = from[to.column(piece) + e];

@@ -9,11 +9,8 @@ a stack frame. The variants are the ones the launchers would start: they are rec
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import json
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rd_kernels.backends import machine_code
 from rd_kernels.backends.triton_backend import COMPILER_OPTIONS, TritonBackend
 
 __all__ = ["DTYPES", "TARGETS", "Cost", "Variant", "measure", "variants"]
@@ -189,80 +187,23 @@ def measure(variant: Variant, target: str) -> Cost:
     source = ASTSource(function, dict(variant.types), dict(variant.constants), attributes)
     options = {**dict(variant.options), **COMPILER_OPTIONS}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    read = _amd_cost if TARGETS[target][0] == "hip" else _nvidia_cost
-    return Cost(str(variant), target, shared=compiled.metadata.shared, **read(compiled.asm, variant.has_rows))
-
-
-def _nvidia_cost(code: Any, with_loop: bool) -> dict[str, Any]:
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(code["cubin"])
-        # Disassembling takes longer than compiling.
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", *["-sass"] * with_loop, cubin]
-        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    counts = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", dump)
-    places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
-    jumps = [
-        (place, places[int(found[1], 16)])
-        for place, (_, text) in enumerate(lines)
-        if (found := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) and int(found[1], 16) in places
-    ]
-    return {
-        "registers": counts["REG"],
-        "spills": counts["LOCAL"],
-        "stack": counts["STACK"],
-        **_loop_accesses([text for _, text in lines], jumps, _nvidia_width),
-    }
-
-
-def _nvidia_width(instruction: str) -> tuple[str, int] | None:
-    found = re.search(r"\b(LDG|STG)\.E\S*", instruction)
-    if found is None:
-        return None
-    width = re.search(r"\.[US]?(8|16|64|128|256)\b", found[0])
-    return ("loads" if found[1] == "LDG" else "stores"), int(width[1]) if width else 32
-
-
-def _amd_cost(code: Any, with_loop: bool) -> dict[str, Any]:
-    counts = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)", code["amdgcn"])}
-    lines = code["amdgcn"].splitlines() if with_loop else []
-    places = {line.split(":")[0]: place for place, line in enumerate(lines) if line.startswith(".LBB")}
-    jumps = [
-        (place, places[found[1]])
-        for place, line in enumerate(lines)
-        if (found := re.search(r"\bs_c?branch\S*\s+(\.LBB\w+)", line))
-    ]
-    return {
-        "registers": counts["vgpr_count"],
-        "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
-        "stack": counts["private_segment_fixed_size"],
-        **_loop_accesses(lines, jumps, _amd_width),
-    }
-
-
-def _amd_width(instruction: str) -> tuple[str, int] | None:
-    found = re.search(
-        r"\b(?:global|buffer|flat)_(load|store)_(?:[us]?(byte|short)|dword(?:x(\d))?)", instruction
+    if TARGETS[target][0] == "hip":
+        cost = machine_code.amd_cost(variant.kernel, compiled.asm["amdgcn"], variant.has_rows)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            (cost,) = machine_code.nvidia_costs(cubin, with_loops=variant.has_rows)
+    return Cost(
+        str(variant),
+        target,
+        cost.registers,
+        cost.local,
+        cost.stack,
+        compiled.metadata.shared,
+        cost.loads,
+        cost.stores,
     )
-    if found is None:
-        return None
-    width = {"byte": 8, "short": 16}.get(found[2]) or 32 * int(found[3] or 1)
-    return found[1] + "s", width
-
-
-def _loop_accesses(
-    lines: list[str], jumps: list[tuple[int, int]], width_of: Any
-) -> dict[str, dict[int, int]]:
-    """Global accesses of the lines that a backward jump encloses: "loads" and "stores", width -> count."""
-    inside = {place for source, to in jumps if to < source for place in range(to, source + 1)}
-    counts = {"loads": collections.Counter[int](), "stores": collections.Counter[int]()}
-    for place in inside:
-        if (access := width_of(lines[place])) is not None:
-            counts[access[0]][access[1]] += 1
-    return {kind: dict(sorted(widths.items())) for kind, widths in counts.items()}
 
 
 def _line(*cells: object) -> str:

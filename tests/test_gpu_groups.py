@@ -1,4 +1,4 @@
-"""The Triton group kernels: reduction, update of the group weights, row factors; and the op as a whole.
+"""The group kernels of both GPU backends: reduction, update of the group weights, row factors; and the op as a whole.
 
 The oracles are loops over rows, the update as its authors published it, and torch's autograd.
 """
@@ -6,10 +6,8 @@ The oracles are loops over rows, the update as its authors published it, and tor
 import pytest
 import torch
 
-from rd_kernels.backends.triton_backend import TritonBackend
-from tests.triton_oracles import (
+from tests.gpu_oracles import (
     BAD_LABEL,
-    DEVICE,
     HIT,
     HUGE,
     IGNORE,
@@ -23,19 +21,14 @@ from tests.triton_oracles import (
 pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("poisoned")]
 
 
-@pytest.fixture(scope="module")
-def triton_backend():
-    return TritonBackend()
-
-
 def make_groups(rows, count, masked):
-    loss = torch.rand(rows, device=DEVICE) * 8
-    outcome = torch.randint(4, (rows,), device=DEVICE).to(torch.uint8)
+    loss = torch.rand(rows) * 8
+    outcome = torch.randint(4, (rows,)).to(torch.uint8)
     loss[outcome == IGNORED] = 0
     loss[outcome == BAD_LABEL] = float("nan")
     if masked:
-        return loss, outcome, torch.rand(rows, count, device=DEVICE) < 1.5 / count
-    return loss, outcome, torch.randint(-1, count, (rows,), device=DEVICE)
+        return loss, outcome, torch.rand(rows, count) < 1.5 / count
+    return loss, outcome, torch.randint(-1, count, (rows,))
 
 
 def members(groups, row, count):
@@ -65,23 +58,23 @@ def expected_stats(loss, outcome, groups, count):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 14, 15, 70])
 @pytest.mark.parametrize("rows", [1, 33, 300])
-def test_group_reduce_counts_every_row_once(triton_backend, masked, count, rows):
+def test_group_reduce_counts_every_row_once(kernels, masked, count, rows):
     loss, outcome, groups = make_groups(rows, count, masked)
-    stats, status = triton_backend.group_reduce(loss, outcome, groups, count)
+    stats, status = kernels.group_reduce(loss, outcome, groups, count)
     expected, bad = expected_stats(loss, outcome, groups, count)
     assert stats.shape == (4, count + 2)
     assert status.dtype == torch.int64
     assert status.tolist() == bad
     torch.testing.assert_close(stats[0].double().cpu(), expected[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(stats[1:].double().cpu(), expected[1:])
-    again, _ = triton_backend.group_reduce(loss, outcome, groups, count)
+    again, _ = kernels.group_reduce(loss, outcome, groups, count)
     assert torch.equal(stats, again)
 
 
-def test_group_reduce_over_more_chunks_than_one_step(triton_backend):
+def test_group_reduce_over_more_chunks_than_one_step(kernels):
     rows, count = 128 * 70, 2
     loss, outcome, groups = make_groups(rows, count, masked=False)
-    stats, _ = triton_backend.group_reduce(loss, outcome, groups, count)
+    stats, _ = kernels.group_reduce(loss, outcome, groups, count)
     counted = outcome <= HIT
     for group in range(count):
         chosen = loss[counted & (groups == group)].double()
@@ -89,35 +82,35 @@ def test_group_reduce_over_more_chunks_than_one_step(triton_backend):
         torch.testing.assert_close(stats[0, group].double(), chosen.sum(), rtol=1e-6, atol=0)
 
 
-def test_group_reduce_keeps_a_nan_in_its_group(triton_backend):
-    loss = torch.tensor([1.0, float("nan"), 2.0, 4.0], device=DEVICE)
-    outcome = torch.zeros(4, dtype=torch.uint8, device=DEVICE)
+def test_group_reduce_keeps_a_nan_in_its_group(kernels):
+    loss = torch.tensor([1.0, float("nan"), 2.0, 4.0])
+    outcome = torch.zeros(4, dtype=torch.uint8)
     for groups in (
-        torch.tensor([0, 1, 0, -1], device=DEVICE),
-        torch.tensor([[1, 0], [0, 1], [1, 0], [0, 0]], device=DEVICE).bool(),
+        torch.tensor([0, 1, 0, -1]),
+        torch.tensor([[1, 0], [0, 1], [1, 0], [0, 0]]).bool(),
     ):
-        stats, _ = triton_backend.group_reduce(loss, outcome, groups, 2)
+        stats, _ = kernels.group_reduce(loss, outcome, groups, 2)
         assert stats[0].isnan().tolist() == [False, True, False, True]
         assert stats[0, [0, 2]].tolist() == [3.0, 4.0]
 
 
-def test_bad_group_ids_are_counted_on_labelled_rows_only(triton_backend):
-    groups = torch.tensor([2, -2, HUGE, 7, 0, 1], device=DEVICE)
-    outcome = torch.tensor([MISS, HIT, MISS, IGNORED, HIT, BAD_LABEL], dtype=torch.uint8, device=DEVICE)
-    loss = torch.tensor([1.0, 2.0, 4.0, 0.0, 8.0, float("nan")], device=DEVICE)
-    stats, status = triton_backend.group_reduce(loss, outcome, groups, 2)
+def test_bad_group_ids_are_counted_on_labelled_rows_only(kernels):
+    groups = torch.tensor([2, -2, HUGE, 7, 0, 1])
+    outcome = torch.tensor([MISS, HIT, MISS, IGNORED, HIT, BAD_LABEL], dtype=torch.uint8)
+    loss = torch.tensor([1.0, 2.0, 4.0, 0.0, 8.0, float("nan")])
+    stats, status = kernels.group_reduce(loss, outcome, groups, 2)
     assert status.tolist() == [1, 3]
     assert stats[:3].tolist() == [[8.0, 0.0, 0.0, 15.0], [1.0, 0.0, 0.0, 4.0], [1.0, 0.0, 0.0, 2.0]]
-    scale = triton_backend.row_scale(torch.tensor([3.0, 5.0], device=DEVICE), outcome, groups)
+    scale = kernels.row_scale(torch.tensor([3.0, 5.0]), outcome, groups)
     assert scale.tolist() == [0, 0, 0, 0, 3.0, 0]
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 70])
-def test_row_scale_adds_the_coefficients_of_a_rows_groups(triton_backend, masked, count):
+def test_row_scale_adds_the_coefficients_of_a_rows_groups(kernels, masked, count):
     _, outcome, groups = make_groups(200, count, masked)
-    coefficients = torch.rand(count, device=DEVICE)
-    scale = triton_backend.row_scale(coefficients, outcome, groups)
+    coefficients = torch.rand(count)
+    scale = kernels.row_scale(coefficients, outcome, groups)
     expected = [
         sum((coefficients[group].item() for group in members(groups, row, count)), 0.0)
         if result <= HIT
@@ -128,9 +121,9 @@ def test_row_scale_adds_the_coefficients_of_a_rows_groups(triton_backend, masked
 
 
 def make_stats(sums, counts):
-    stats = torch.full((4, len(sums) + 2), 9.0, device=DEVICE)
+    stats = torch.full((4, len(sums) + 2), 9.0)
     stats[0, :-2], stats[1, :-2] = torch.tensor(sums), torch.tensor(counts)
-    return stats, torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    return stats, torch.zeros(2, dtype=torch.int64)
 
 
 def published_update(sums, counts, q, step_size, adjustment):
@@ -147,18 +140,18 @@ def published_update(sums, counts, q, step_size, adjustment):
 @pytest.mark.parametrize("count", [1, 3, 17, 300])
 @pytest.mark.parametrize("step_size", [0.0, 0.01, 3.0])
 @pytest.mark.parametrize("adjusted", [False, True])
-def test_group_dro_is_the_published_update(triton_backend, count, step_size, adjusted):
+def test_group_dro_is_the_published_update(kernels, count, step_size, adjusted):
     counts = torch.randint(0, 5, (count,)).float()
     counts[0] = 2
     sums = torch.rand(count) * 4 * counts
-    q = torch.rand(count, device=DEVICE)
+    q = torch.rand(count)
     q /= q.sum()
-    adjustment = torch.rand(count, device=DEVICE) if adjusted else None
+    adjustment = torch.rand(count) if adjusted else None
     given = adjustment if adjusted else torch.zeros(count)
     new_q, coefficients, loss = published_update(sums, counts, q, step_size, given)
     stats, status = make_stats(sums.tolist(), counts.tolist())
     before = stats[:3].clone()
-    actual_loss, actual = triton_backend.group_update(stats, status, q, "group_dro", step_size, adjustment)
+    actual_loss, actual = kernels.group_update(stats, status, q, "group_dro", step_size, adjustment)
     assert actual_loss.shape == ()
     close = {"rtol": 4e-6, "atol": 1e-7}
     torch.testing.assert_close(q.double().cpu(), new_q, **close)
@@ -170,30 +163,30 @@ def test_group_dro_is_the_published_update(triton_backend, count, step_size, adj
     torch.testing.assert_close(stats[3, count + 1].item(), 1.0, **close)
 
 
-def test_group_dro_does_not_overflow(triton_backend):
+def test_group_dro_does_not_overflow(kernels):
     stats, status = make_stats([11.0, 700.0, 1.0], [1.0, 1.0, 1.0])
-    q = torch.tensor([0.5, 0.25, 0.25], device=DEVICE)
-    loss, _ = triton_backend.group_update(stats, status, q, "group_dro", 10.0, None)
+    q = torch.tensor([0.5, 0.25, 0.25])
+    loss, _ = kernels.group_update(stats, status, q, "group_dro", 10.0, None)
     assert q.tolist() == [0, 1, 0]
     assert loss == 700
 
 
-def test_erm_is_the_mean_over_rows(triton_backend):
+def test_erm_is_the_mean_over_rows(kernels):
     stats, status = make_stats([6.0, 0.0, 1.0], [3.0, 0.0, 2.0])
-    q = torch.tensor([0.2, 0.3, 0.5], device=DEVICE)
-    loss, coefficients = triton_backend.group_update(stats, status, q, "erm", 0.0, None)
+    q = torch.tensor([0.2, 0.3, 0.5])
+    loss, coefficients = kernels.group_update(stats, status, q, "erm", 0.0, None)
     torch.testing.assert_close(loss.item(), 1.4)
     torch.testing.assert_close(coefficients.tolist(), [0.2] * 3)
     torch.testing.assert_close(stats[3].tolist(), [0.6, 0.0, 0.4, 0.0, 1.0])
-    assert torch.equal(q, torch.tensor([0.2, 0.3, 0.5], device=DEVICE))
+    assert torch.equal(q, torch.tensor([0.2, 0.3, 0.5]))
 
 
 @pytest.mark.parametrize("objective", ["erm", "group_dro"])
-def test_no_row_in_any_group(triton_backend, objective):
+def test_no_row_in_any_group(kernels, objective):
     stats, status = make_stats([0.0, 0.0], [0.0, 0.0])
-    q = torch.tensor([0.3, 0.7], device=DEVICE)
+    q = torch.tensor([0.3, 0.7])
     before = q.clone()
-    loss, coefficients = triton_backend.group_update(stats, status, q, objective, 0.1, None)
+    loss, coefficients = kernels.group_update(stats, status, q, objective, 0.1, None)
     assert loss == 0
     assert coefficients.tolist() == [0, 0]
     assert torch.equal(q, before)
@@ -202,12 +195,12 @@ def test_no_row_in_any_group(triton_backend, objective):
 
 @pytest.mark.parametrize("objective", ["erm", "group_dro"])
 @pytest.mark.parametrize("bad", [[1, 0], [0, 3]])
-def test_a_bad_input_leaves_the_state_alone(triton_backend, objective, bad):
+def test_a_bad_input_leaves_the_state_alone(kernels, objective, bad):
     stats, status = make_stats([2.0, 3.0], [1.0, 2.0])
     status.copy_(torch.tensor(bad))
-    q = torch.tensor([0.3, 0.7], device=DEVICE)
+    q = torch.tensor([0.3, 0.7])
     before = q.clone()
-    loss, coefficients = triton_backend.group_update(stats, status, q, objective, 0.1, None)
+    loss, coefficients = kernels.group_update(stats, status, q, objective, 0.1, None)
     assert loss.isnan()
     assert coefficients.tolist() == [0, 0]
     assert stats[3].count_nonzero() == 0
@@ -215,27 +208,27 @@ def test_a_bad_input_leaves_the_state_alone(triton_backend, objective, bad):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_mean_keeps_the_group_weights(triton_backend, bad):
+def test_a_non_finite_mean_keeps_the_group_weights(kernels, bad):
     stats, status = make_stats([2.0, bad, 0.0], [1.0, 2.0, 0.0])
-    q = torch.tensor([0.25, 0.5, 0.25], device=DEVICE)
-    loss, coefficients = triton_backend.group_update(stats, status, q, "group_dro", 0.1, None)
+    q = torch.tensor([0.25, 0.5, 0.25])
+    loss, coefficients = kernels.group_update(stats, status, q, "group_dro", 0.1, None)
     assert not loss.isfinite()
     assert q.tolist() == [0.25, 0.5, 0.25]
     assert coefficients.tolist() == [0.25, 0.25, 0]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_whole_op_is_the_gradient_of_the_weighted_group_means(triton_backend, masked):
+def test_whole_op_is_the_gradient_of_the_weighted_group_means(kernels, masked):
     rows, vocabulary, count = 40, 127, 3
     logits, labels = make(rows, vocabulary, torch.float32)
     labels[::7] = IGNORE
     _, _, groups = make_groups(rows, count, masked)
-    q = torch.tensor([0.2, 0.3, 0.5], device=DEVICE)
+    q = torch.tensor([0.2, 0.3, 0.5])
     leaf = logits.double().requires_grad_()
     row_loss = cross_entropy(leaf, labels, torch.float64)
     counted = labels != IGNORE
     inside = [
-        torch.tensor([group in members(groups, row, count) for row in range(rows)], device=DEVICE) & counted
+        torch.tensor([group in members(groups, row, count) for row in range(rows)]) & counted
         for group in range(count)
     ]
     means = torch.stack([row_loss[rows_of].mean() for rows_of in inside])
@@ -244,11 +237,11 @@ def test_whole_op_is_the_gradient_of_the_weighted_group_means(triton_backend, ma
     truth = (weights * means).sum()
     (2 * truth).backward()
 
-    loss, stats, status, scale, normaliser = triton_backend.grouped_forward(
+    loss, stats, status, scale, normaliser = kernels.grouped_forward(
         logits, labels, groups, q, "group_dro", 0.5, None, IGNORE
     )
-    grad_out = torch.tensor(2.0, device=DEVICE)
-    grad = triton_backend.row_backward(grad_out, scale, logits, labels, normaliser, None, 0.0, IGNORE)
+    grad_out = torch.tensor(2.0)
+    grad = kernels.row_backward(grad_out, scale, logits, labels, normaliser, None, 0.0, IGNORE)
     assert status.tolist() == [0, 0]
     torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(q.double(), weights, rtol=1e-6, atol=0)

@@ -1,12 +1,10 @@
-"""The Triton row kernels against float64 torch: losses, outcomes and gradients."""
+"""The row kernels of both GPU backends against float64 torch: losses, outcomes and gradients."""
 
 import pytest
 import torch
 
-from rd_kernels.backends.triton_backend import TritonBackend
-from tests.triton_oracles import (
+from tests.gpu_oracles import (
     BAD_LABEL,
-    DEVICE,
     HIT,
     HUGE,
     IGNORE,
@@ -25,13 +23,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = 2.0**-21
 
 
-@pytest.fixture(scope="module")
-def triton_backend():
-    return TritonBackend()
-
-
 def class_weights(vocabulary):
-    return torch.rand(vocabulary, device=DEVICE) + 0.1
+    return torch.rand(vocabulary) + 0.1
 
 
 def expected_outcome(logits, labels, ignore_index=IGNORE):
@@ -62,10 +55,10 @@ SHAPES = [(3, 1), (5, 2), (5, 127), (3, 1000), (4, 2003)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
 @OPTIONS
-def test_rows_agree_with_float64_torch(triton_backend, dtype, rows, vocabulary, weighted, smoothing):
+def test_rows_agree_with_float64_torch(kernels, dtype, rows, vocabulary, weighted, smoothing):
     logits, labels = make(rows, vocabulary, dtype)
     weight = class_weights(vocabulary) if weighted else None
-    loss, normaliser, outcome = triton_backend.row_forward(logits, labels, weight, smoothing, IGNORE)
+    loss, normaliser, outcome = kernels.row_forward(logits, labels, weight, smoothing, IGNORE)
     assert loss.dtype == normaliser.dtype == torch.float32
     assert normaliser.shape == (2, rows)
     assert outcome.dtype == torch.uint8
@@ -79,10 +72,8 @@ def test_rows_agree_with_float64_torch(triton_backend, dtype, rows, vocabulary, 
     assert_as_good_as_eager(maximum + log_sum, torch.logsumexp(logits.float(), 1), torch.logsumexp(wide, 1))
     assert outcome.tolist() == expected_outcome(logits, labels)
 
-    grad_out, scale = torch.rand((), device=DEVICE), torch.randn(rows, device=DEVICE)
-    actual = triton_backend.row_backward(
-        grad_out, scale, logits, labels, normaliser, weight, smoothing, IGNORE
-    )
+    grad_out, scale = torch.rand(()), torch.randn(rows)
+    actual = kernels.row_backward(grad_out, scale, logits, labels, normaliser, weight, smoothing, IGNORE)
     assert actual.dtype == dtype
     factor = grad_out * scale
     truth, eager = (
@@ -92,58 +83,58 @@ def test_rows_agree_with_float64_torch(triton_backend, dtype, rows, vocabulary, 
 
 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(2, 30522), (1, 128256)])
-def test_vocabularies_of_real_models(triton_backend, rows, vocabulary):
+def test_vocabularies_of_real_models(kernels, rows, vocabulary):
     logits, labels = make(rows, vocabulary, torch.bfloat16)
-    loss, normaliser, _ = triton_backend.row_forward(logits, labels, None, 0.0, IGNORE)
+    loss, normaliser, _ = kernels.row_forward(logits, labels, None, 0.0, IGNORE)
     truth, eager = (cross_entropy(logits, labels, t) for t in (torch.float64, torch.float32))
     assert_as_good_as_eager(loss, eager, truth)
-    actual = triton_backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, IGNORE)
-    ones = torch.ones(rows, device=DEVICE)
+    actual = kernels.row_backward(None, None, logits, labels, normaliser, None, 0.0, IGNORE)
+    ones = torch.ones(rows)
     truth, eager = (gradient(logits, labels, ones, t) for t in (torch.float64, torch.float32))
     assert_as_good_as_eager(actual, eager, truth, epsilon=2.0**-23)
 
 
-def test_no_rows(triton_backend):
+def test_no_rows(kernels):
     logits, labels = make(0, 7, torch.float32)
-    loss, normaliser, outcome = triton_backend.row_forward(logits, labels, None, 0.0, IGNORE)
+    loss, normaliser, outcome = kernels.row_forward(logits, labels, None, 0.0, IGNORE)
     assert loss.shape == outcome.shape == (0,)
     assert normaliser.shape == (2, 0)
-    assert triton_backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, IGNORE).shape == (
+    assert kernels.row_backward(None, None, logits, labels, normaliser, None, 0.0, IGNORE).shape == (
         0,
         7,
     )
     for groups in (labels, labels.new_zeros(0, 2, dtype=torch.bool)):
-        stats, status = triton_backend.group_reduce(loss, outcome, groups, 2)
+        stats, status = kernels.group_reduce(loss, outcome, groups, 2)
         assert stats.count_nonzero() == 0
         assert status.tolist() == [0, 0]
-        assert triton_backend.row_scale(torch.ones(2, device=DEVICE), outcome, groups).shape == (0,)
+        assert kernels.row_scale(torch.ones(2), outcome, groups).shape == (0,)
 
 
-def test_rows_without_a_counted_label(triton_backend):
+def test_rows_without_a_counted_label(kernels):
     logits, _ = make(8, 127, torch.float32)
-    labels = torch.tensor([5, IGNORE, 127, -1, HUGE, -HUGE, 126, 0], device=DEVICE)
+    labels = torch.tensor([5, IGNORE, 127, -1, HUGE, -HUGE, 126, 0])
     logits[1:6] = float("nan")  # never read
-    loss, normaliser, outcome = triton_backend.row_forward(logits, labels, None, 0.0, IGNORE)
+    loss, normaliser, outcome = kernels.row_forward(logits, labels, None, 0.0, IGNORE)
     assert outcome.tolist() == expected_outcome(logits, labels)
     assert loss[1] == 0
     assert normaliser[:, 1].tolist() == [0, 0]
     assert loss[2:6].isnan().all()
     assert normaliser[:, 2:6].isnan().all()
-    counted = torch.tensor([0, 6, 7], device=DEVICE)
+    counted = torch.tensor([0, 6, 7])
     truth = cross_entropy(logits[counted], labels[counted], torch.float64)
     torch.testing.assert_close(loss[counted].double(), truth, rtol=1e-6, atol=1e-6)
-    scale = torch.full((8,), float("nan"), device=DEVICE)
+    scale = torch.full((8,), float("nan"))
     scale[counted] = 1.0
-    grad = triton_backend.row_backward(None, scale, logits, labels, normaliser, None, 0.0, IGNORE)
+    grad = kernels.row_backward(None, scale, logits, labels, normaliser, None, 0.0, IGNORE)
     assert grad[1:6].count_nonzero() == 0
     assert grad[counted].isfinite().all()
 
 
-def test_ignore_index_inside_the_vocabulary(triton_backend):
+def test_ignore_index_inside_the_vocabulary(kernels):
     logits, labels = make(6, 4, torch.float32)
     labels[:3] = 2
-    loss, normaliser, outcome = triton_backend.row_forward(logits, labels, None, 0.0, 2)
-    grad = triton_backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, 2)
+    loss, normaliser, outcome = kernels.row_forward(logits, labels, None, 0.0, 2)
+    grad = kernels.row_backward(None, None, logits, labels, normaliser, None, 0.0, 2)
     ignored = labels == 2
     assert (outcome[ignored] == IGNORED).all()
     assert loss[ignored].count_nonzero() == grad[ignored].count_nonzero() == 0
@@ -152,7 +143,7 @@ def test_ignore_index_inside_the_vocabulary(triton_backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted_and_smoothed", [False, True])
-def test_non_finite_logits_as_in_torch(triton_backend, dtype, weighted_and_smoothed):
+def test_non_finite_logits_as_in_torch(kernels, dtype, weighted_and_smoothed):
     inf, nan = float("inf"), float("nan")
     vocabulary = 2003
     logits, labels = make(11, vocabulary, dtype)
@@ -168,7 +159,7 @@ def test_non_finite_logits_as_in_torch(triton_backend, dtype, weighted_and_smoot
     logits[8, [3, 4]] = inf
     logits[9, 3], logits[9, 700] = inf, nan
     weight, smoothing = (class_weights(vocabulary), 0.1) if weighted_and_smoothed else (None, 0.0)
-    loss, normaliser, outcome = triton_backend.row_forward(logits, labels, weight, smoothing, IGNORE)
+    loss, normaliser, outcome = kernels.row_forward(logits, labels, weight, smoothing, IGNORE)
     truth = cross_entropy(logits, labels, torch.float64, weight, smoothing)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert outcome.tolist() == expected_outcome(logits, labels)
@@ -178,61 +169,59 @@ def test_non_finite_logits_as_in_torch(triton_backend, dtype, weighted_and_smoot
     assert normaliser[1, [0, 1, 2, 3, 7, 8, 9]].isnan().all()
 
 
-def test_largest_finite_logits_do_not_overflow(triton_backend):
+def test_largest_finite_logits_do_not_overflow(kernels):
     top = torch.finfo(torch.float32).max
-    logits = torch.tensor([[top, top, -top], [-top, -top, -top], [top, 0.0, -top]], device=DEVICE)
-    labels = torch.tensor([0, 1, 0], device=DEVICE)
-    loss, _, outcome = triton_backend.row_forward(logits, labels, None, 0.0, IGNORE)
+    logits = torch.tensor([[top, top, -top], [-top, -top, -top], [top, 0.0, -top]])
+    labels = torch.tensor([0, 1, 0])
+    loss, _, outcome = kernels.row_forward(logits, labels, None, 0.0, IGNORE)
     torch.testing.assert_close(loss.double(), cross_entropy(logits, labels, torch.float64))
     assert outcome.tolist() == [HIT, HIT, HIT]
 
 
 @pytest.mark.parametrize("margin", [5.0, 12.0, 30.0, 90.0])
-def test_small_losses_of_confident_rows_keep_their_digits(triton_backend, margin):
-    logits = torch.full((1, 1000), 40.0, device=DEVICE)
+def test_small_losses_of_confident_rows_keep_their_digits(kernels, margin):
+    logits = torch.full((1, 1000), 40.0)
     logits[0, 7] += margin
-    labels = torch.tensor([7], device=DEVICE)
-    loss, normaliser, outcome = triton_backend.row_forward(logits, labels, None, 0.0, IGNORE)
+    labels = torch.tensor([7])
+    loss, normaliser, outcome = kernels.row_forward(logits, labels, None, 0.0, IGNORE)
     truth, eager = (cross_entropy(logits, labels, t) for t in (torch.float64, torch.float32))
     assert_as_good_as_eager(loss, eager, truth, epsilon=2.0**-22)
     assert outcome.tolist() == [HIT]
-    grad = triton_backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, IGNORE)
-    truth = gradient(logits, labels, torch.ones(1, device=DEVICE), torch.float64)
+    grad = kernels.row_backward(None, None, logits, labels, normaliser, None, 0.0, IGNORE)
+    truth = gradient(logits, labels, torch.ones(1), torch.float64)
     assert (grad.double() - truth).abs().max() <= 2.0**-22
 
 
-def test_a_tie_with_the_maximum_is_a_hit(triton_backend):
-    logits = torch.tensor([[1.0, 2.0, 2.0], [2.0, 1.0, 2.0]], device=DEVICE)
-    _, _, outcome = triton_backend.row_forward(logits, torch.tensor([2, 1], device=DEVICE), None, 0.0, IGNORE)
+def test_a_tie_with_the_maximum_is_a_hit(kernels):
+    logits = torch.tensor([[1.0, 2.0, 2.0], [2.0, 1.0, 2.0]])
+    _, _, outcome = kernels.row_forward(logits, torch.tensor([2, 1]), None, 0.0, IGNORE)
     assert outcome.tolist() == [HIT, MISS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["padded", "odd padding", "offset", "expanded"])
-def test_any_row_stride_and_start(triton_backend, dtype, layout):
+def test_any_row_stride_and_start(kernels, dtype, layout):
     rows, vocabulary = 4, 1500
     if layout == "expanded":
         logits = make(1, vocabulary, dtype)[0].expand(rows, vocabulary)
     else:
         columns, first = {"padded": (1536, 0), "odd padding": (1507, 0), "offset": (1519, 3)}[layout]
         logits = make(rows, columns, dtype)[0][:, first : first + vocabulary]
-    labels = torch.randint(vocabulary, (rows,), device=DEVICE)
+    labels = torch.randint(vocabulary, (rows,))
     dense = logits.contiguous()
     assert logits.stride(0) != dense.stride(0)
-    strided, plain = (triton_backend.row_forward(z, labels, None, 0.1, IGNORE) for z in (logits, dense))
+    strided, plain = (kernels.row_forward(z, labels, None, 0.1, IGNORE) for z in (logits, dense))
     for a, b in zip(strided, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     normaliser = plain[1]
-    expected = triton_backend.row_backward(None, None, dense, labels, normaliser, None, 0.1, IGNORE)
+    expected = kernels.row_backward(None, None, dense, labels, normaliser, None, 0.1, IGNORE)
     assert torch.equal(
-        triton_backend.row_backward(None, None, logits, labels, normaliser, None, 0.1, IGNORE), expected
+        kernels.row_backward(None, None, logits, labels, normaliser, None, 0.1, IGNORE), expected
     )
     # Written into a view: nothing beside it may change.
-    buffer = torch.full((rows, vocabulary + 21), 5.0, dtype=dtype, device=DEVICE)
+    buffer = torch.full((rows, vocabulary + 21), 5.0, dtype=dtype)
     out = buffer[:, 9 : 9 + vocabulary]
-    assert (
-        triton_backend.row_backward(None, None, logits, labels, normaliser, None, 0.1, IGNORE, out=out) is out
-    )
+    assert kernels.row_backward(None, None, logits, labels, normaliser, None, 0.1, IGNORE, out=out) is out
     assert torch.equal(out, expected)
     assert (buffer[:, :9] == 5).all()
     assert (buffer[:, 9 + vocabulary :] == 5).all()
@@ -240,81 +229,80 @@ def test_any_row_stride_and_start(triton_backend, dtype, layout):
 
 @pytest.mark.parametrize("form", ["none", "scalar", "dense", "expanded", "strided"])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_every_form_of_grad_out(triton_backend, form, scaled):
+def test_every_form_of_grad_out(kernels, form, scaled):
     rows, vocabulary = 5, 127
     logits, labels = make(rows, vocabulary, torch.float32)
     grad_out = {
         "none": None,
-        "scalar": torch.tensor(-0.7, device=DEVICE),
-        "dense": torch.randn(rows, device=DEVICE),
-        "expanded": torch.tensor(1.3, device=DEVICE).expand(rows),
-        "strided": torch.randn(3 * rows, device=DEVICE)[::3],
+        "scalar": torch.tensor(-0.7),
+        "dense": torch.randn(rows),
+        "expanded": torch.tensor(1.3).expand(rows),
+        "strided": torch.randn(3 * rows)[::3],
     }[form]
-    scale = torch.rand(rows, device=DEVICE) if scaled else None
-    _, normaliser, _ = triton_backend.row_forward(logits, labels, None, 0.0, IGNORE)
-    actual = triton_backend.row_backward(grad_out, scale, logits, labels, normaliser, None, 0.0, IGNORE)
-    factor = torch.ones(rows, device=DEVICE)
+    scale = torch.rand(rows) if scaled else None
+    _, normaliser, _ = kernels.row_forward(logits, labels, None, 0.0, IGNORE)
+    actual = kernels.row_backward(grad_out, scale, logits, labels, normaliser, None, 0.0, IGNORE)
+    factor = torch.ones(rows)
     for part in (grad_out, scale):
         factor = factor if part is None else factor * part
     truth = gradient(logits, labels, factor, torch.float64)
     torch.testing.assert_close(actual.double(), truth, rtol=1e-5, atol=1e-7)
 
 
-def test_a_factor_of_zero_stops_non_finite_logits(triton_backend):
+def test_a_factor_of_zero_stops_non_finite_logits(kernels):
     logits, labels = make(4, 2003, torch.float32)
     logits[1] = float("nan")
     logits[2, 5] = float("inf")
-    scale = torch.tensor([1.0, 0.0, -0.0, 2.0], device=DEVICE)
-    _, normaliser, _ = triton_backend.row_forward(logits, labels, None, 0.0, IGNORE)
-    grad = triton_backend.row_backward(None, scale, logits, labels, normaliser, None, 0.0, IGNORE)
+    scale = torch.tensor([1.0, 0.0, -0.0, 2.0])
+    _, normaliser, _ = kernels.row_forward(logits, labels, None, 0.0, IGNORE)
+    grad = kernels.row_backward(None, scale, logits, labels, normaliser, None, 0.0, IGNORE)
     assert grad[1:3].count_nonzero() == 0
     assert grad[[0, 3]].isfinite().all()
     scale[1] = float("nan")
-    grad = triton_backend.row_backward(None, scale, logits, labels, normaliser, None, 0.0, IGNORE)
+    grad = kernels.row_backward(None, scale, logits, labels, normaliser, None, 0.0, IGNORE)
     assert grad[1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @OPTIONS
-def test_backward_in_place_is_the_same_bits(triton_backend, dtype, weighted, smoothing):
+def test_backward_in_place_is_the_same_bits(kernels, dtype, weighted, smoothing):
     logits, labels = make(4, 2003, dtype)
     labels[2] = IGNORE
     weight = class_weights(2003) if weighted else None
-    scale = torch.tensor([0.5, 0.0, 1.0, -2.0], device=DEVICE)
-    _, normaliser, _ = triton_backend.row_forward(logits, labels, weight, smoothing, IGNORE)
-    apart = triton_backend.row_backward(None, scale, logits, labels, normaliser, weight, smoothing, IGNORE)
-    triton_backend.row_backward(
-        None, scale, logits, labels, normaliser, weight, smoothing, IGNORE, out=logits
-    )
+    scale = torch.tensor([0.5, 0.0, 1.0, -2.0])
+    _, normaliser, _ = kernels.row_forward(logits, labels, weight, smoothing, IGNORE)
+    apart = kernels.row_backward(None, scale, logits, labels, normaliser, weight, smoothing, IGNORE)
+    kernels.row_backward(None, scale, logits, labels, normaliser, weight, smoothing, IGNORE, out=logits)
     assert torch.equal(logits, apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_softmax_minus_onehot(triton_backend, dtype):
+def test_softmax_minus_onehot(kernels, dtype):
     logits, labels = make(4, 1003, dtype)
     labels[1], labels[2] = IGNORE, 1003
     expected = torch.softmax(logits.double(), dim=1)
     for row in (0, 3):
         expected[row, labels[row]] -= 1
     expected[1:3] = 0
-    reference = triton_backend.row_forward(logits, labels, None, 0.0, IGNORE)
-    result = triton_backend.softmax_minus_onehot_(logits, labels, IGNORE)
+    reference = kernels.row_forward(logits, labels, None, 0.0, IGNORE)
+    result = kernels.softmax_minus_onehot_(logits, labels, IGNORE)
     for a, b in zip(result, reference, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        # Both are right to a few roundings, but may sum a row in another order.
+        torch.testing.assert_close(a, b, rtol=2.0**-21, atol=2.0**-21, equal_nan=True)
     # Half a unit in the last place of the result, the rounding of z - max in float32, and that of p - 1.
     bound = (torch.finfo(dtype).eps / 2 + 2.0**-19) * expected.abs() + 2.0**-23
     assert ((logits.double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.slow
-def test_more_elements_than_int32_counts(triton_backend):
+def test_more_elements_than_int32_counts(kernels):
     stride = 2**31 + 8
-    memory = torch.zeros(stride + 300, dtype=torch.bfloat16, device=DEVICE)
+    memory = torch.zeros(stride + 300, dtype=torch.bfloat16)
     logits = memory.as_strided((2, 300), (stride, 1))
     logits.copy_(torch.randn(2, 300))
-    labels = torch.tensor([4, 5], device=DEVICE)
+    labels = torch.tensor([4, 5])
     truth = cross_entropy(logits, labels, torch.float64)
-    expected = gradient(logits, labels, torch.ones(2, device=DEVICE), torch.float32)
-    loss, _, _ = triton_backend.softmax_minus_onehot_(logits, labels, IGNORE)
+    expected = gradient(logits, labels, torch.ones(2), torch.float32)
+    loss, _, _ = kernels.softmax_minus_onehot_(logits, labels, IGNORE)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-6)
