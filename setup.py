@@ -36,6 +36,8 @@ LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "dar
 class NinjaBuild(build_ext):
     """Builds the modules with ninja instead of setuptools' own compiler driver."""
 
+    extensions: list[Extension]
+
     def run(self) -> None:
         self.cxx = Compiler()
         self.nvcc = cuda.find_nvcc(self.cxx)
@@ -109,7 +111,7 @@ if (CSRC / "cuda" / "bindings.cpp").exists():
 setup(
     packages=find_packages(include=["rd_kernels", "rd_kernels.*"]) + find_packages("python"),
     package_dir={"robustdebias": "python/robustdebias"},
-    package_data={"robustdebias": ["lexicons/**", "data/**"]},
+    package_data={"robustdebias": ["demo_assets.txt", "lexicons/**", "data/**"]},
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -79,6 +79,7 @@ def test_setup_does_not_import_torch_and_packs_everything(tree):
     packed = {str(path.relative_to(tree / "packed")) for path in (tree / "packed").rglob("*")}
     assert {"rd_kernels/__init__.py", "rd_kernels/backends/cpu.py"} <= packed
     assert {"robustdebias/__init__.py", "robustdebias/lexicons/gender.txt"} <= packed
+    assert "robustdebias/demo_assets.txt" in packed
     assert not [path for path in packed if path.startswith(("tests", "python", "csrc"))]
 
 

@@ -16,10 +16,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
-from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import SymbolTableSection
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -77,16 +76,14 @@ def check_links(wheel: Path) -> str:
         for name in archive.namelist():
             if ".so" not in Path(name).suffixes:
                 continue
-            elf = ELFFile(io.BytesIO(archive.read(name)))
-            dynamic, symbols = elf.get_section_by_name(".dynamic"), elf.get_section_by_name(".dynsym")
-            assert isinstance(dynamic, DynamicSection)
-            assert isinstance(symbols, SymbolTableSection)
-            needed = [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")]
+            elf: Any = ELFFile(io.BytesIO(archive.read(name)))
+            needed = [tag.needed for tag in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")]
             allowed = OUTSIDE if name.startswith("rd_kernels/_native") else set()
             strangers = [lib for lib in needed if lib not in allowed and not SYSTEM.fullmatch(lib)]
             if strangers:
                 raise BadWheel(f"{name} needs {', '.join(strangers)}")
-            undefined = {s.name for s in symbols.iter_symbols() if s["st_shndx"] == "SHN_UNDEF"}
+            symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+            undefined = {symbol.name for symbol in symbols if symbol["st_shndx"] == "SHN_UNDEF"}
             strangers = sorted(symbol for symbol in undefined if FOREIGN_SYMBOL.search(symbol))
             if strangers:
                 raise BadWheel(f"{name} has the undefined symbols {', '.join(strangers[:5])}")
