@@ -9,10 +9,10 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 # The compiled module is rebuilt when a native source or the build script changes.
-NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py
+NATIVE := $(shell find csrc build_support -type f -not -name '*.pyc' 2>/dev/null) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench bench-quick bench-compare wheel clean
+.PHONY: help demo test test-slow lint format bench bench-quick bench-compare wheel wheel-check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,9 +59,16 @@ bench-quick: $(STAMP) ## the headline cases only (2 min)
 bench-compare: $(STAMP) ## ratios of RESULT (default: the last run) against BASELINE=benchmarks/results/...json
 	$(REPORT) compare $(BASELINE) $(RESULT) --tolerance $(TOLERANCE)
 
-wheel: ## build a wheel for this Python into dist/
-	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+# What an earlier build left would be packed again; docs/building.md has the variables of the build.
+wheel: ## build a wheel for this Python into dist/, with the CUDA backend where nvcc is found
+	rm -rf build/lib* dist/*.whl
+	$(PYTHON) -m pip --disable-pip-version-check wheel --no-deps --wheel-dir dist .
+
+# WHEEL_CHECK_ARGS="--cuda yes --expect-tag manylinux_2_28_x86_64 --torch 2.14.1": --help explains them.
+WHEEL_CHECK_ARGS ?=
+wheel-check: $(STAMP) ## look into the wheel in dist/, then use it in a clean environment
+	$(BIN)/python -m tools.check_wheel $(WHEEL_CHECK_ARGS)
 
 clean: ## remove what was built, but not .venv
-	rm -rf build dist *.egg-info rd_kernels/_native*.so demo-output .coverage
+	rm -rf build dist *.egg-info rd_kernels/_*.so demo-output .coverage
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

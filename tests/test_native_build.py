@@ -26,10 +26,10 @@ on_x86_64_glibc = pytest.mark.skipif(not X86_64_GLIBC, reason="needs x86-64 and 
 
 
 def setup_py(*arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """Without CUDA, which test_cuda_build.py builds."""
     command = [sys.executable, "setup.py", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}, check=False
-    )
+    env = {**os.environ, "RD_KERNELS_SKIP_CUDA": "1", "RD_KERNELS_FORCE_CUDA": "", **env}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env, check=False)
 
 
 def run_python(code: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
@@ -51,7 +51,7 @@ def tree(tmp_path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "README.md").write_text("")
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "rd_kernels", "python"):
+    for name in ("build_support", "csrc", "rd_kernels", "python"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     return tmp_path
 
@@ -60,7 +60,7 @@ def tree(tmp_path) -> Path:
     ("env", "message"),
     [
         ({"CXX": "/nowhere/c++"}, r"needs a C\+\+17 compiler, but /nowhere/c\+\+ is not found"),
-        ({"RD_KERNELS_FORCE_CUDA": "1"}, "RD_KERNELS_FORCE_CUDA=1, but this release .* has no CUDA units"),
+        ({"RD_KERNELS_FORCE_CUDA": "1"}, "RD_KERNELS_SKIP_CUDA=1 and RD_KERNELS_FORCE_CUDA=1 contradict"),
         ({"CXXFLAGS": "-fno-such-flag"}, r"cannot build a C\+\+17 program"),
     ],
 )
@@ -79,6 +79,7 @@ def test_setup_does_not_import_torch_and_packs_everything(tree):
     packed = {str(path.relative_to(tree / "packed")) for path in (tree / "packed").rglob("*")}
     assert {"rd_kernels/__init__.py", "rd_kernels/backends/cpu.py"} <= packed
     assert {"robustdebias/__init__.py", "robustdebias/lexicons/gender.txt"} <= packed
+    assert "robustdebias/demo_assets.txt" in packed
     assert not [path for path in packed if path.startswith(("tests", "python", "csrc"))]
 
 
