@@ -377,7 +377,7 @@ std::string Scheduler::deadlock() const {
         if (cluster.alive == 0) continue;
         // The first of each run of threads that wait alike.
         if (!before || before->kind != thread.kind || before->mask != thread.mask) {
-          if (waiting++ < 40) result += "\n  from " + describe(thread) + " on";
+          if (waiting++ < 40) result += "\n  " + describe(thread) + ", and those after it";
         }
         before = &thread;
       }
