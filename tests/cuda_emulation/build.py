@@ -31,7 +31,7 @@ FLAGS = [
 ]
 FLAGS += ["-Wno-unknown-pragmas"]
 # Never instrumented, see scheduler.cpp; most of the time is spent here.
-SCHEDULER = ["scheduler.cpp", "threads.cpp", "runtime_api.cpp"]
+SCHEDULER = ["scheduler.cpp", "threads.cpp", "reports.cpp", "runtime_api.cpp"]
 SCHEDULER_FLAGS = [*FLAGS, "-O2"]
 
 
@@ -91,15 +91,13 @@ def _build(
     link_flags: list[str],
     csrc: Path,
 ) -> Path:
-    headers = _digest(
-        [path for folder in (csrc, EMULATION) for path in _sources(folder) if path.suffix in HEADERS]
-    )
+    headers = _headers(EMULATION)
     sanitizers = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
     sanitizers += ["-fno-omit-frame-pointer"] if sanitize else []
-    jobs = [(EMULATION / unit, SCHEDULER_FLAGS) for unit in SCHEDULER]
-    jobs += [(unit, [*FLAGS, *sanitizers, *flags]) for unit in units]
+    jobs = [(EMULATION / unit, SCHEDULER_FLAGS, csrc, headers) for unit in SCHEDULER]
+    jobs += [(unit, [*FLAGS, *sanitizers, *flags], csrc, headers + _headers(csrc)) for unit in units]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, csrc, headers), jobs))
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
     link = [*sanitizers, *link_flags]
     folder = CACHE / _hash(*(path.name for path in objects), *link)
     return _make(folder / name, [*map(str, objects), *link, "-ldl"])
@@ -148,8 +146,9 @@ def _sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in HEADERS | {".cu", ".cpp"})
 
 
-def _digest(paths: Sequence[Path]) -> str:
-    return _hash(*(part for path in paths for part in (path.name, path.read_text())))
+def _headers(folder: Path) -> str:
+    paths = [path for path in _sources(folder) if path.suffix in HEADERS]
+    return _hash(*(part for path in paths for part in (str(path.relative_to(folder)), path.read_text())))
 
 
 def _hash(*parts: str) -> str:
