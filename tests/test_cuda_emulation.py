@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -85,15 +83,8 @@ def test_bugs_are_found(bug, kernel, sanitize, message):
     assert f"{kernel}(" in output or "wrong" in message or sanitize or bug == "TOO_MUCH_SHARED"
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_module_runs_in_a_seeded_order(monkeypatch):
-    cuda = load(build.module(csrc=SELFTEST_MODULE))
+    cuda = build.load(build.module(csrc=SELFTEST_MODULE))
 
     def orders(seed: int) -> list[list[int]]:
         monkeypatch.setenv(
@@ -114,7 +105,7 @@ def test_module_runs_in_a_seeded_order(monkeypatch):
 
 def test_module_raises_and_goes_on():
     source = (SELFTEST_MODULE / "cuda" / "tickets.cu").read_text()
-    cuda = load(
+    cuda = build.load(
         build.module(
             csrc=SELFTEST_MODULE,
             replace={
@@ -130,13 +121,13 @@ def test_module_raises_and_goes_on():
 
 @pytest.mark.parametrize(("blocks", "threads"), [(0, 32), (1, 0), (1, 1025)])
 def test_launch_limits(blocks, threads):
-    cuda = load(build.module(csrc=SELFTEST_MODULE))
+    cuda = build.load(build.module(csrc=SELFTEST_MODULE))
     with pytest.raises(RuntimeError, match="cudaErrorInvalidConfiguration"):
         cuda.tickets(blocks, threads)
 
 
 def test_device_attributes(monkeypatch):
-    cuda = load(build.module(csrc=SELFTEST_MODULE))
+    cuda = build.load(build.module(csrc=SELFTEST_MODULE))
     attributes = [16, 75, 76, 97, 81]
     assert [cuda.attribute(which) for which in attributes] == [132, 9, 0, 232448, 233472]
     monkeypatch.setenv("RD_EMULATION_DEVICE", "108,8,0,166912,167936")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -13,12 +14,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 EMULATION = Path(__file__).resolve().parent
 ROOT = EMULATION.parents[1]
 CACHE = ROOT / "build" / "emulation"
 
-# Kernels read floats as float4, which nvcc lets them. -O1 compiles faster than -O2 and runs as fast.
+# Kernels read floats as float4, which nvcc lets them.
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -30,7 +32,7 @@ FLAGS = [
     "-Wextra",
 ]
 FLAGS += ["-Wno-unknown-pragmas"]
-# Never instrumented, see scheduler.cpp; most of the time is spent here.
+# Never instrumented, see scheduler.cpp.
 SCHEDULER = ["scheduler.cpp", "threads.cpp", "reports.cpp", "runtime_api.cpp"]
 SCHEDULER_FLAGS = [*FLAGS, "-O2"]
 
@@ -58,6 +60,14 @@ def module(
     ]
     flags = [f"-I{path}" for path in _binding_includes()]
     return _build(f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", units, sanitize, flags, ["-shared"], csrc)
+
+
+def load(path: Path) -> ModuleType:
+    """The module at that path, also beside another build of it: pybind11 keeps one for each name."""
+    spec = importlib.util.spec_from_file_location(f"emulation_{path.parent.name}._cuda", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def program(source: Path, sanitize: str | None = None, defines: Sequence[str] = ()) -> Path:

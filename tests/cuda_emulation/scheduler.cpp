@@ -9,8 +9,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// ucontext's switch makes a system call, and the address sanitizer clears a whole stack's shadow at each: 40
-// times slower than this.
+// With ucontext, whose switch makes a system call, there and back takes 0.7 us; with this one 0.15 us, the
+// scheduler's work included. And the address sanitizer clears a whole stack's shadow at each of ucontext's.
 asm(R"(
 .text
 .globl rd_emulation_switch
