@@ -1,7 +1,5 @@
 // The runtime API: a device like an H100 unless RD_EMULATION_DEVICE says otherwise, whose streams run
 // everything at once.
-#include <dlfcn.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -182,19 +180,6 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
        arguments},
       next_seed());
   return cudaSuccess;
-}
-
-std::string kernel_name(const void* kernel) {
-  Dl_info info;
-  if (!dladdr(kernel, &info)) return "?";
-  char command[1024], name[512] = "";
-  const size_t offset = static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
-  snprintf(command, sizeof command, "LD_PRELOAD= addr2line -f -C -e '%s' %zx", info.dli_fname, offset);
-  if (FILE* pipe = popen(command, "r")) {
-    if (fgets(name, sizeof name, pipe)) name[strcspn(name, "\n")] = 0;
-    pclose(pipe);
-  }
-  return name[0] && name[0] != '?' ? name : "?";
 }
 
 }  // namespace emulation

@@ -9,8 +9,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// ucontext's switch makes a system call, and the address sanitizer clears a whole stack's shadow at each: 40
-// times slower than this.
+// With ucontext, whose switch makes a system call, there and back takes 0.7 us; with this one 0.15 us, the
+// scheduler's work included. And the address sanitizer clears a whole stack's shadow at each of ucontext's.
 asm(R"(
 .text
 .globl rd_emulation_switch
@@ -40,37 +40,11 @@ Scheduler* scheduler = nullptr;
 
 namespace {
 
-const char* const kKindNames[] = {"runs",
-                                  "has exited",
-                                  "pauses",
-                                  "atomic",
-                                  "__syncthreads",
-                                  "__syncthreads_or",
-                                  "__syncthreads_and",
-                                  "__syncthreads_count",
-                                  "cluster_sync",
-                                  "__syncwarp",
-                                  "__shfl_sync",
-                                  "__shfl_xor_sync",
-                                  "__shfl_up_sync",
-                                  "__shfl_down_sync",
-                                  "__ballot_sync",
-                                  "__any_sync",
-                                  "__all_sync"};
-
 std::vector<std::unique_ptr<Fibre>> fibres;  // reused by all launches
 
 unsigned volume(Index index) { return index.x * index.y * index.z; }
 uint3 position(unsigned number, Index extent) {
   return {number % extent.x, number / extent.x % extent.y, number / extent.x / extent.y};
-}
-std::string text(uint3 index) {
-  return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
-}
-std::string hex(unsigned mask) {
-  char digits[16];
-  snprintf(digits, sizeof digits, "0x%08x", mask);
-  return digits;
 }
 
 }  // namespace
@@ -246,15 +220,15 @@ void Scheduler::exit(Thread& thread) {
 
 void Scheduler::check_block(Block& block) {
   if (block.barrier.arrived == 0 || block.barrier.arrived < block.alive) return;
-  Kind kind = Kind::kRunning;
+  const Thread* first = nullptr;
   int count = 0;
   for (const Thread& thread : block.threads) {
     if (thread.kind == Kind::kExited) continue;
-    if (kind == Kind::kRunning) kind = thread.kind;
-    if (thread.kind != kind)
-      fail(&thread, std::string("others of the block are at ") + kKindNames[int(kind)]);
+    if (first == nullptr) first = &thread;
+    if (thread.kind != first->kind) fail(&thread, "but " + describe(*first));
     count += thread.value != 0;
   }
+  const Kind kind = first->kind;
   const unsigned all = block.alive;
   for (Thread& thread : block.threads) {
     if (thread.kind == Kind::kExited) continue;
@@ -358,42 +332,6 @@ void Scheduler::fence() {
 char* Scheduler::new_order() {
   orders_.push_back(0);
   return &orders_.back();
-}
-
-std::string Scheduler::describe(const Thread& thread) const {
-  std::string result = "block " + text(thread.block->index) + " thread " + text(thread.index) + " " +
-                       (thread.kind > Kind::kRecording ? "waits at " : "") + kKindNames[int(thread.kind)];
-  if (is_warp_collective(thread.kind)) result += " with mask " + hex(thread.mask);
-  return result;
-}
-
-std::string Scheduler::deadlock() const {
-  std::string result = "deadlock";
-  unsigned waiting = 0;
-  for (const Cluster& cluster : clusters_) {
-    for (const Block& block : cluster.blocks) {
-      const Thread* before = nullptr;
-      for (const Thread& thread : block.threads) {
-        if (cluster.alive == 0) continue;
-        // The first of each run of threads that wait alike.
-        if (!before || before->kind != thread.kind || before->mask != thread.mask) {
-          if (waiting++ < 40) result += "\n  from " + describe(thread) + " on";
-        }
-        before = &thread;
-      }
-    }
-  }
-  return result;
-}
-
-void Scheduler::fail(const Thread* thread, const std::string& message) {
-  const std::string where = thread ? describe(*thread) + ": " : "";
-  error_ = "CUDA emulation: kernel " + kernel_name(launch_.kernel) + ": " + where + message;
-  fprintf(stderr, "%s\n", error_.c_str());
-  if (sanitized()) abort();
-  if (!on_fibre_) throw std::runtime_error(error_);
-  fibre_->go_home();  // the scheduler throws; nobody unwinds this stack
-  abort();
 }
 
 void run(const Launch& launch, uint64_t seed) {

@@ -142,7 +142,4 @@ class Scheduler {
 
 extern Scheduler* scheduler;  // of the launch that is running
 
-// Of a kernel, from the debugging information.
-std::string kernel_name(const void* kernel);
-
 }  // namespace emulation

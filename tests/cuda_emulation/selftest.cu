@@ -27,6 +27,9 @@ __device__ float block_sum(float value, float* partial) {
 #ifdef BUG_NOT_ALL_AT_BARRIER
   if (threadIdx.x % 32 == 0) __syncthreads();
 #endif
+#ifdef BUG_DIFFERENT_COLLECTIVES
+  if (threadIdx.x == 0) __ballot_sync(kAll, 1);
+#endif
 #ifdef BUG_DIFFERENT_MASKS
   __syncwarp(threadIdx.x % 32 ? kAll : 0x55555555);
 #else
@@ -45,7 +48,7 @@ __device__ float block_sum(float value, float* partial) {
 // Sums of rows of `count` floats, a row per block, by loads of 4 floats.
 __global__ void row_sums(const float* rows, int count, float* sums) {
   float* partial = reinterpret_cast<float*>(rd::cuda::shared_memory());
-#ifdef BUG_MISALIGNED
+#if defined BUG_MISALIGNED || defined BUG_MISALIGNED_PLAIN_LOAD
   const float4* row = reinterpret_cast<const float4*>(rows + blockIdx.x * count + (blockIdx.x == 1));
 #elif defined BUG_READ_PAST_END
   const float4* row =
@@ -55,7 +58,11 @@ __global__ void row_sums(const float* rows, int count, float* sums) {
 #endif
   float sum = 0;
   for (int i = threadIdx.x; i < count / 4; i += blockDim.x) {
+#ifdef BUG_MISALIGNED_PLAIN_LOAD
+    const float4 part = row[i];
+#else
     const float4 part = __ldg(row + i);
+#endif
     sum += (part.x + part.y) + (part.z + part.w);
   }
 #ifdef BUG_EXITED_LANE
@@ -100,7 +107,9 @@ __global__ void last_block(float* partial, unsigned* counter, float* total) {
   if (threadIdx.x == 63) *last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   if (!*last) return;
+#ifndef BUG_MISSING_ACQUIRE
   __threadfence();
+#endif
   float sum = 0;
   for (unsigned i = threadIdx.x; i < gridDim.x * 4; i += blockDim.x) sum += partial[i];
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_down_sync(kAll, sum, lanes);
