@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 NATIVE := $(shell find csrc build_support -type f -not -name '*.pyc' 2>/dev/null) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench bench-quick bench-compare wheel wheel-check clean
+.PHONY: help demo test test-slow lint format bench bench-quick bench-compare gpu-check bench-gpu wheel wheel-check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,13 +35,13 @@ test-slow: $(STAMP) ## run the slow tests
 lint: $(STAMP) ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(BIN)/mypy
 
 format: $(STAMP) ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # A run leaves .benchmarks/latest.json and plots; a failed test still gets its table.
 RESULT     := .benchmarks/latest.json
@@ -58,6 +58,17 @@ bench-quick: $(STAMP) ## the headline cases only (2 min)
 
 bench-compare: $(STAMP) ## ratios of RESULT (default: the last run) against BASELINE=benchmarks/results/...json
 	$(REPORT) compare $(BASELINE) $(RESULT) --tolerance $(TOLERANCE)
+
+# A machine with a GPU often has a torch of its own: GPU_PYTHON=python3 leaves .venv alone.
+GPU_PYTHON ?= $(BIN)/python
+GPU_ARGS   ?=
+GPU_STAMP  := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+
+gpu-check: $(GPU_STAMP) ## on a machine with a GPU: build, tests, sanitizers, benchmark; logs in .gpu-check/
+	$(GPU_PYTHON) -m tools.gpu_check $(GPU_ARGS)
+
+bench-gpu: $(GPU_STAMP) ## on a machine with a GPU: time the logits op beside its peers (8 min)
+	PYTHONPATH=.:python $(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 # What an earlier build left would be packed again; docs/building.md has the variables of the build.
 wheel: ## build a wheel for this Python into dist/, with the CUDA backend where nvcc is found

@@ -95,7 +95,7 @@ class LogitsCase:
     def inputs(self, device: str) -> LogitsInputs:
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(self.rows, self.vocabulary, generator=generator)
-        return LogitsInputs(_leaf(logits.to(device, DTYPES[self.dtype])), *_targets(self, generator, device))
+        return LogitsInputs(_leaf(logits.to(device, DTYPES[self.dtype])), *targets(self, generator, device))
 
     def exact(self, inputs: LogitsInputs, groups: bool) -> Result:
         """The step in float64 by formula, with Group DRO or as a plain mean."""
@@ -133,7 +133,7 @@ class LinearCase:
             _leaf(hidden.to(**kind)),
             _leaf(weight.to(**kind)),
             _leaf(bias.to(**kind)) if self.bias else None,
-            *_targets(self, generator, device),
+            *targets(self, generator, device),
         )
 
     def exact(self, inputs: LinearInputs, groups: bool) -> Result:
@@ -150,7 +150,7 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def _targets(
+def targets(
     case: LogitsCase | LinearCase, generator: torch.Generator, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> labels [N], group ids [N] of uneven groups, q [G] away from uniform."""

@@ -72,7 +72,13 @@ class LigerLogits(Peer):
     def row_losses(self, inputs: LogitsInputs) -> Tensor:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
-        return LigerCrossEntropyLoss(reduction="none")(inputs.logits, inputs.labels)
+        reduction = "none" if self.groups else "mean"
+        return LigerCrossEntropyLoss(reduction=reduction)(inputs.logits, inputs.labels)
+
+
+class LigerLogitsMean(LigerLogits):
+    name = "Liger-Kernel, plain mean"
+    groups = False
 
 
 class QuackLogits(Peer):
@@ -84,6 +90,11 @@ class QuackLogits(Peer):
         from quack import cross_entropy
 
         return cross_entropy(inputs.logits, inputs.labels, reduction="none", inplace_backward=self.overwrites)
+
+
+class QuackMean(QuackLogits):
+    name = "QuACK, plain mean"
+    groups = False
 
 
 class QuackInPlace(QuackLogits):
@@ -100,6 +111,11 @@ class FlashAttentionLogits(Peer):
         from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
         return cross_entropy_loss(inputs.logits, inputs.labels, inplace_backward=self.overwrites)[0]
+
+
+class FlashAttentionMean(FlashAttentionLogits):
+    name = "flash-attention, plain mean"
+    groups = False
 
 
 class FlashAttentionInPlace(FlashAttentionLogits):
@@ -134,4 +150,5 @@ class CutCrossEntropy(Peer):
 
 
 LOGITS = (LigerLogits(), QuackLogits(), QuackInPlace(), FlashAttentionLogits(), FlashAttentionInPlace())
+LOGITS_MEAN = (LigerLogitsMean(), QuackMean(), FlashAttentionMean())
 LINEAR = (TorchLinear(), TorchLinearTuned(), TorchLinearMean(), LigerLinear(), CutCrossEntropy())

@@ -7,6 +7,7 @@ people write it. To add one: subclass ``Peer``, give it a ``name`` and ``row_los
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import time
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import rd_kernels as rd
 from benchmarks.cases import STEP_SIZE, LinearInputs, LogitsInputs, Result
+from rd_kernels.backends import registry
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Peer:
     def build(self, inputs: Any) -> Step:
         """Compile, tune, warm up: nothing here is timed."""
         return Step(lambda: self.step(inputs))
+
+    def forward(self, inputs: Any) -> Callable[[], Tensor]:
+        """A call that computes the loss and updates ``inputs.q``, compiled if need be: its halves are timed apart."""
+        return lambda: self.loss(inputs)
 
     def step(self, inputs: Any, *options: Any) -> Result:
         """Forward, update of ``inputs.q`` in place, backward. ``options``: what ``build`` chose."""
@@ -138,21 +144,35 @@ class Compiled(Eager):
             }
         )
 
+    def forward(self, inputs: Any) -> Callable[[], Tensor]:
+        torch.compiler.reset()
+        compiled = torch.compile(self.loss, fullgraph=True, dynamic=False)
+        return lambda: compiled(inputs)
+
+
+class CompiledMean(Compiled, EagerMean):
+    name = "torch.compile, plain mean"
+
 
 class Ours(Peer):
     name = "rd_kernels"
     ours = True
     backend = "auto"
+    objective: rd.ERM | rd.GroupDRO = rd.GroupDRO(STEP_SIZE)
     options: Mapping[str, Any] = MappingProxyType({})
 
     def missing(self, device: str) -> str | None:
         known = inspect.signature(rd.functional.group_dro_cross_entropy).parameters
         unknown = [option for option in self.options if option not in known]
+        if self.backend not in ("auto", *registry.BACKENDS):
+            return f"this version has no backend {self.backend!r}"
+        if self.backend != "auto" and (reason := registry.get(self.backend).missing()):
+            return reason
         return f"this version has no {unknown[0]}" if unknown else super().missing(device)
 
     def loss(self, inputs: LogitsInputs) -> Tensor:
         return rd.functional.group_dro_cross_entropy(
-            inputs.logits, inputs.labels, inputs.ids, inputs.q, rd.GroupDRO(STEP_SIZE), backend=self.backend,
+            inputs.logits, inputs.labels, inputs.ids, inputs.q, self.objective, backend=self.backend,
             **self.options,
         )  # fmt: skip
 
@@ -188,7 +208,22 @@ class OursMean(Ours):
     groups = False
 
     def loss(self, inputs: LogitsInputs) -> Tensor:
-        return rd.functional.cross_entropy(inputs.logits, inputs.labels)
+        return rd.functional.cross_entropy(inputs.logits, inputs.labels, backend=self.backend)
+
+
+class OursERM(Ours):
+    """The grouped op without robustness: the mean over the rows, with the statistics of the groups."""
+
+    name = "rd_kernels, ERM"
+    groups = False
+    objective = rd.ERM()
+
+
+def on(backend: str, peer: Ours) -> Ours:
+    """``peer`` by one of our backends; "rd_kernels, in place" becomes "rd_kernels cuda, in place"."""
+    served = copy.copy(peer)
+    served.name, served.backend = peer.name.replace("rd_kernels", f"rd_kernels {backend}", 1), backend
+    return served
 
 
 class OursLinear(Ours):

@@ -10,6 +10,7 @@ import typer
 from benchmarks import plots
 from benchmarks.machine import file_name
 from benchmarks.results import Row, Run, compare, load, ratio
+from benchmarks.tables import duration, run_lines
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Tables, plots and comparisons of result files."
@@ -36,18 +37,12 @@ COLUMN_ROWS = {
     "linear_cross_entropy, tuned": ("torch linear_cross_entropy, tuned chunks",),
 }
 
-COLUMNS = "{:<46} {:>11} {:>21} {:>9} {:>9}  {}"
-
 
 @app.command()
 def table(result: Result = RESULT) -> None:
     """Print every case: time, ratios within the run with [smallest, largest] over the repeats, memory, gate."""
     run = load(result)
-    for key, value in {**run.machine, **run.rates}.items():
-        if value is not None:
-            typer.echo(f"{key}: {value}")
-    for case in run.cases:
-        typer.echo("\n" + "\n".join(case_lines(run, case)))
+    typer.echo("\n".join(run_lines(run)))
     typer.echo(f"\nStore it as benchmarks/results/{file_name(run.machine)}")
 
 
@@ -127,51 +122,6 @@ def summary(run: Run) -> str:
             cells.append("" if row is None else f"{ratio(row, base).median:.2f}")
         lines.append(f"| {label} | {duration(base.median)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def case_lines(run: Run, case: str) -> list[str]:
-    """The table of one case, fastest first; then who was not timed and why."""
-    base = run.base(case)
-    base_name = base.name if base else "ours"
-    lines = [COLUMNS.format(case, "time", f"/ {base_name}", "/ floor", "peak MiB", "note").rstrip()]
-    lines.append("-" * len(lines[0]))
-    for row in sorted(run.timed(case).values(), key=lambda row: row.median):
-        floor = run.floor(case, row)
-        lines.append(
-            COLUMNS.format(
-                row.name,
-                duration(row.median),
-                str(ratio(row, base)) if base else "",
-                f"{ratio(row, floor).median:.2f}" if floor else "",
-                "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
-                _note(row),
-            ).rstrip()
-        )
-    for row in run.cases[case].values():
-        if row.rejected:
-            lines.append(f"{row.name:<46} {'FAILED' if row.failed else 'not timed'}: {row.rejected}")
-    return lines + group_costs(run, case)
-
-
-def _note(row: Row) -> str:
-    speed = "" if row.tokens is None else f"{row.tokens / row.median:,.0f} tokens/s"
-    return ", ".join(filter(None, (speed, row.note)))
-
-
-def group_costs(run: Run, case: str) -> list[str]:
-    """What Group DRO adds to an implementation's own plain mean."""
-    rows = run.timed(case)
-    return [
-        f"Group DRO on top of the plain mean, {name}: time x {ratio(row, mean)}"
-        for name, row in rows.items()
-        if (mean := rows.get(f"{name}, plain mean")) is not None
-    ]
-
-
-def duration(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{1e6 * seconds:.1f} us"
-    return f"{1e3 * seconds:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
 def _cell(run: Run, case: str, row: Row | None) -> str:

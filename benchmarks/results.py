@@ -25,6 +25,7 @@ class Row:
     peak_mib: float | None = None
     note: str = ""
     tokens: int | None = None  # of a step, where a step has tokens
+    nbytes: int | None = None  # that an exact step reads and writes at least, where memory is what bounds it
     rejected: str = ""  # why it was not timed
     failed: bool = False  # rejected by the gate or by its own error; otherwise it is missing here
 

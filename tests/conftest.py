@@ -1,6 +1,7 @@
-"""Shared fixtures. Without a GPU, Triton kernels run under Triton's interpreter."""
+"""Shared fixtures. Without a GPU, Triton kernels run under Triton's interpreter, CUDA kernels in an emulation."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from rd_kernels.backends.registry import BACKENDS, Backend, get
+from tests.cuda_emulation import build
 from tests.devices import device_of
 
 if not torch.cuda.is_available():
@@ -37,10 +39,21 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@functools.cache
+def _emulate_cuda() -> None:
+    """Put the kernels as g++ compiles them into the CUDA backend. RD_EMULATION_SANITIZE: with these sanitizers."""
+    if (reason := build.missing()) is not None:
+        pytest.skip(reason)
+    module = build.load(build.module(os.environ.get("RD_EMULATION_SANITIZE")))
+    get("cuda").__dict__["_loaded"] = module
+
+
 @contextlib.contextmanager
 def on_device_of(backend: str) -> Iterator[None]:
     """In this block torch's factory functions make tensors where ``backend`` is tested."""
     device = device_of(backend)
+    if backend == "cuda" and device == "cpu":
+        _emulate_cuda()
     torch.set_default_device(None if device == "cpu" else device)
     yield
     torch.set_default_device(None)

@@ -1,4 +1,5 @@
-"""Where a backend's tests run: on the GPU if there is one, else on the CPU, where Triton interprets its kernels."""
+"""Where a backend's tests run: on the GPU if there is one, else on the CPU, where Triton interprets its kernels and
+those written in CUDA are compiled for an emulation (tests/cuda_emulation)."""
 
 import os
 

@@ -24,8 +24,9 @@ from benchmarks.peers import (
     OursReference,
     group_dro,
 )
-from benchmarks.report import app, case_lines
+from benchmarks.report import app
 from benchmarks.results import Row, Run, compare, load, ratio, save
+from benchmarks.tables import case_lines
 from tests.oracles import PublishedGroupDRO, members_of
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))

@@ -11,14 +11,20 @@ from rd_kernels.backends.machine_code import Cost, nvidia_costs
 MODULE = Path(__file__).resolve().parents[1] / "rd_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
 ROW_KERNELS = {"row_forward": 12, "grouped_forward": 6, "row_backward": 12, "softmax_minus_onehot": 9}
-OTHERS = {"group_reduce": 1, "group_update": 1, "row_scale": 1, "scale_rows": 3, "gather_rows": 3, "compact": 1}
+OTHERS = {
+    "group_reduce": 1,
+    "group_update": 1,
+    "row_scale": 1,
+    "scale_rows": 3,
+    "gather_rows": 3,
+    "compact": 1,
+}
 IN_FLIGHT = 4  # pieces of a row that a thread waits for at once
 
 
 def name_of(cost: Cost) -> str:
-    """Without namespace and template arguments; the linker knows `row_forward_kernel<float, 256, true>` as
-    _ZN...18row_forward_kernelIfLi256ELb1EE..."""
-    return re.search(r"\d+([a-z]\w*?)_kernel", cost.kernel)[1].lstrip("0123456789")
+    """Of a kernel that the linker knows as _ZN...18row_forward_kernelIfLi256ELb1EE..."""
+    return re.search(f"({'|'.join([*ROW_KERNELS, *OTHERS])})_kernel", cost.kernel)[1]
 
 
 def complaints(cost: Cost) -> list[str]:

@@ -47,9 +47,10 @@ __device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t expected
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    memory.is_last = atomicAdd(counter, 1u) == expected - 1;
-    if (memory.is_last) *counter = 0;
+    const uint32_t arrived = atomicAdd(counter, 1u);
     __threadfence();
+    memory.is_last = arrived == expected - 1;
+    if (memory.is_last) atomicExch(counter, 0u);  // a plain store would race with the other blocks' additions
   }
   __syncthreads();
   return memory.is_last;

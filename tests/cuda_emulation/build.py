@@ -70,9 +70,18 @@ def load(path: Path) -> ModuleType:
     return loaded
 
 
-def program(source: Path, sanitize: str | None = None, defines: Sequence[str] = ()) -> Path:
-    """An executable made of one file; ``sanitize`` may be "thread" as well."""
-    return _build(source.stem, [source], sanitize, [f"-D{name}" for name in defines], [], ROOT / "csrc")
+def program(
+    source: Path,
+    sanitize: str | None = None,
+    defines: Sequence[str] = (),
+    *,
+    with_kernels: bool = False,
+    replace: Mapping[str, str] | None = None,
+) -> Path:
+    """An executable made of one file, and the kernels of ``csrc/cuda``; ``sanitize`` may be "thread" as well."""
+    csrc = _copy(ROOT / "csrc", replace) if replace else ROOT / "csrc"
+    units = [source, *(sorted(csrc.glob("cuda/*.cu")) if with_kernels else [])]
+    return _build(source.stem, units, sanitize, [f"-D{name}" for name in defines], [], csrc)
 
 
 def library(source: Path) -> Path:

@@ -13,6 +13,7 @@
 
 #include "emulator.h"
 
+#define __grid_constant__
 #define __global__
 #define __device__
 #define __host__

@@ -20,10 +20,3 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(None)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # the next test may need the whole memory
-
-
-def require_memory(needed: int) -> None:
-    """Skip if fewer bytes than that are free on the GPU."""
-    free, _ = torch.cuda.mem_get_info()
-    if free < needed:
-        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} GiB are free")

@@ -3,6 +3,7 @@ is the GPU here (fixture `backend`)."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,16 +35,11 @@ def step(loss_fn, logits: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tenso
     return loss.detach(), gradient
 
 
-class Produced(torch.autograd.Function):
-    """Logits as a model's last operation leaves them, sharing memory: what ``inplace_backward`` may overwrite."""
-
-    @staticmethod
-    def forward(ctx, logits):
-        return logits.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
+def require_memory(needed: int) -> None:
+    """Skip if fewer bytes than that are free on the GPU."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} GiB are free")
 
 
 def exact(logits: Tensor, labels: Tensor, groups: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

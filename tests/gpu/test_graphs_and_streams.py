@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import rd_kernels as rd
-from tests.gpu.problems import Produced, assert_same_bits, make_batch, make_loss, step
+from benchmarks.peers import Produced
+from tests.gpu.problems import assert_same_bits, make_batch, make_loss, step
 
 pytestmark = pytest.mark.gpu
 

@@ -4,8 +4,17 @@ import pytest
 import torch
 
 import rd_kernels as rd
-from tests.gpu.conftest import require_memory
-from tests.gpu.problems import DTYPES, ROUNDING, Produced, assert_exact, exact, make_batch, make_loss, step
+from benchmarks.peers import Produced
+from tests.gpu.problems import (
+    DTYPES,
+    ROUNDING,
+    assert_exact,
+    exact,
+    make_batch,
+    make_loss,
+    require_memory,
+    step,
+)
 
 pytestmark = pytest.mark.gpu
 

@@ -10,6 +10,8 @@
 
 namespace rd::cuda {
 
+constexpr const char* kDeviceType = "cpu";
+
 inline unsigned char* shared_memory() { return emulation::shared_memory(); }
 
 inline float exp2_approximate(float x) {

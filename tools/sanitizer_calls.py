@@ -1,0 +1,118 @@
+"""Every kernel of a backend once, at small shapes and odd alignments: what compute-sanitizer watches.
+
+``compute-sanitizer --tool memcheck python -m tools.sanitizer_calls``; results are compared with the reference backend,
+so that a run that computes nothing does not pass. Inputs are made on the host: the fewer kernels, the faster the tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+
+import torch
+from torch import Tensor
+
+from rd_kernels.backends.registry import BACKENDS, Backend, get
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VOCABULARIES = (1, 7, 127, 1000, 4099, 30522)
+LAYOUTS = ((0, 0), (1, 0), (3, 6), (7, 1))  # first column, padding: rows begin at any element of 16 bytes
+OBJECTIVES = (("erm", 0.0), ("group_dro", 0.1), ("group_dro_hold", 0.1))
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float = 1e-5) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            a.cpu().double(), b.double(), rtol=tolerance, atol=tolerance / 10, equal_nan=True
+        )
+
+
+def rows(
+    backend: Backend, device: str, dtype: torch.dtype, vocabulary: int, first: int, padding: int
+) -> None:
+    """Row losses and gradients: fresh, in place and into a view, plain, weighted, smoothed."""
+    reference, count = get("reference"), 5
+    memory = torch.randn(count, first + vocabulary + padding, dtype=dtype)
+    host = memory[:, first : first + vocabulary]
+    labels = torch.randint(vocabulary, (count,))
+    labels[1], labels[3] = -100, vocabulary  # ignored; out of range
+    logits, on_device = memory.clone().to(device)[:, first : first + vocabulary], labels.to(device)
+    grad_out, scale = torch.rand(2 * count)[::2], torch.rand(count)
+    for weight, smoothing in ((None, 0.0), (torch.rand(vocabulary), 0.1)):
+        options = (None if weight is None else weight.to(device), smoothing, -100)
+        expected = reference.row_forward(host, labels, weight, smoothing, -100)
+        found = backend.row_forward(logits, on_device, *options)
+        same(found, expected)
+        truth = reference.row_backward(grad_out, scale, host, labels, expected[1], weight, smoothing, -100)
+        arguments = (grad_out.to(device), scale.to(device), logits, on_device, found[1], *options)
+        same((backend.row_backward(*arguments),), (truth,), TOLERANCE[dtype])
+        out = torch.empty(count, vocabulary + 5, dtype=dtype, device=device)[:, 3 : 3 + vocabulary]
+        same((backend.row_backward(*arguments, out=out),), (truth,), TOLERANCE[dtype])
+    backend.softmax_minus_onehot_(logits, on_device, -100)
+    reference.softmax_minus_onehot_(host, labels, -100)
+    same((logits,), (host,), TOLERANCE[dtype])
+
+
+def groups(backend: Backend, device: str, count: int, num_groups: int, mask: bool) -> None:
+    """Reduction, update and row factors, one by one and as the op starts them."""
+    reference = get("reference")
+    losses, outcome = torch.rand(count), torch.randint(3, (count,)).to(torch.uint8)
+    members = torch.rand(count, num_groups) < 0.4 if mask else torch.randint(-1, num_groups, (count,))
+    given = tuple(tensor.to(device) for tensor in (losses, outcome, members))
+    q, adjustment = torch.full((num_groups,), 1 / num_groups), torch.rand(num_groups)
+    same(
+        backend.group_reduce(*given, num_groups), reference.group_reduce(losses, outcome, members, num_groups)
+    )
+    for (objective, step), extra in itertools.product(OBJECTIVES, (None, adjustment)):
+        state, own = q.clone(), q.clone().to(device)
+        expected = reference.reduce_and_update(losses, outcome, members, state, objective, step, extra)
+        more = None if extra is None else extra.to(device)
+        found = backend.reduce_and_update(*given, own, objective, step, more)
+        same((*found, own), (*expected, state), 1e-4)
+
+
+def whole(backend: Backend, device: str, dtype: torch.dtype, count: int, mask: bool) -> None:
+    """The forward as one call."""
+    reference, (logits, labels) = (
+        get("reference"),
+        (torch.randn(count, 1003, dtype=dtype), torch.arange(count)),
+    )
+    labels[::3] = -100
+    members = torch.rand(count, 3) < 0.5 if mask else torch.arange(count) % 3
+    q = torch.full((3,), 1 / 3)
+    given = [tensor.to(device) for tensor in (logits, labels, members, q.clone())]
+    found = backend.grouped_forward(*given, "group_dro", 0.1, None, -100)
+    expected = reference.grouped_forward(logits, labels, members, q, "group_dro", 0.1, None, -100)
+    same((*found, given[3]), (*expected, q), 1e-4)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--backend", default="cuda", help="default: %(default)s")
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    backend = get(options.backend) if options.backend in BACKENDS else None
+    reason = "this version does not have it" if backend is None else backend.missing()
+    if backend is None or reason is not None:
+        print(f"backend {options.backend!r}: {reason}", file=sys.stderr)
+        return 2
+    calls = 0
+    served = [t for t in DTYPES if backend.refuses(torch.empty(1, 1, dtype=t, device=options.device)) is None]
+    for dtype, vocabulary, layout in itertools.product(served, VOCABULARIES, LAYOUTS):
+        rows(backend, options.device, dtype, vocabulary, *layout)
+        calls += 1
+    for count, num_groups, mask in itertools.product((0, 1, 300), (1, 4, 70), (False, True)):
+        groups(backend, options.device, count, num_groups, mask)
+        calls += 1
+    for dtype, count, mask in itertools.product(served, (1, 40), (False, True)):
+        whole(backend, options.device, dtype, count, mask)
+        calls += 1
+    print(f"{calls} cases on {options.device} by {options.backend}: as the reference")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
