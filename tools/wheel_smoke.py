@@ -71,7 +71,8 @@ def check_cuda(wanted: bool | None) -> str:
     if torch.version.cuda and torch.cuda.is_available():
         assert reason is None, reason
         return "CUDA backend available"
-    assert reason and "module" not in reason, f"a CUDA backend without a GPU says {reason!r}"
+    assert reason, "a CUDA backend without a GPU"
+    assert "module" not in reason, reason
     return f"CUDA module loads; backend missing: {reason}"
 
 
