@@ -104,9 +104,10 @@ def _sources(pattern: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob(pattern))]
 
 
-extensions = [Extension("rd_kernels._native", [*_sources("*.cpp"), *_sources("cpu/*.cpp")])]
-if (CSRC / "cuda" / "bindings.cpp").exists():
-    extensions.append(Extension("rd_kernels._cuda", [*_sources("cuda/*.cpp"), *_sources("cuda/*.cu")]))
+extensions = [
+    Extension("rd_kernels._native", [*_sources("*.cpp"), *_sources("cpu/*.cpp")]),
+    Extension("rd_kernels._cuda", [*_sources("cuda/*.cpp"), *_sources("cuda/*.cu")]),
+]
 
 setup(
     packages=find_packages(include=["rd_kernels", "rd_kernels.*"]) + find_packages("python"),

@@ -67,11 +67,12 @@ def check_cuda(wanted: bool | None) -> str:
     if not there:
         return "no CUDA module"
     importlib.import_module("rd_kernels._cuda")
-    reason = rd.backends.available().get("cuda", "no such backend")
-    if torch.cuda.is_available():
+    reason = rd.backends.available()["cuda"]
+    if torch.version.cuda and torch.cuda.is_available():
         assert reason is None, reason
         return "CUDA backend available"
     assert reason, "a CUDA backend without a GPU"
+    assert "module" not in reason, reason
     return f"CUDA module loads; backend missing: {reason}"
 
 
