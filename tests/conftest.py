@@ -41,11 +41,12 @@ def _seeded() -> None:
 
 @functools.cache
 def _emulate_cuda() -> None:
-    """Put the kernels as g++ compiles them into the CUDA backend. RD_EMULATION_SANITIZE: with these sanitizers."""
+    """Put the kernels as g++ compiles them into the CUDA backend. RD_EMULATION_SANITIZE: with these sanitizers;
+    RD_EMULATION_MODULE: this build of them."""
     if (reason := build.missing()) is not None:
         pytest.skip(reason)
-    module = build.load(build.module(os.environ.get("RD_EMULATION_SANITIZE")))
-    get("cuda").__dict__["_loaded"] = module
+    built = os.environ.get("RD_EMULATION_MODULE") or build.module(os.environ.get("RD_EMULATION_SANITIZE"))
+    get("cuda").__dict__["_loaded"] = build.load(Path(built))
 
 
 @contextlib.contextmanager

@@ -50,17 +50,17 @@ void gather_rows_at(const Queue& queue, const Matrix& x, Address index, const Ma
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   bind_arguments(m, /*has_float16=*/true);
-  py::class_<Queue>(m, "Queue").def(py::init([](int device, Address stream) {
+  py::class_<Queue>(m, "Queue", py::module_local()).def(py::init([](int device, Address stream) {
     return Queue{device, at<void>(stream)};
   }));
-  py::class_<Weighting>(m, "Weighting")
+  py::class_<Weighting>(m, "Weighting", py::module_local())
       .def(py::init([](Address class_weight, Address weight_sum, float smoothing) {
         return Weighting{at<float>(class_weight), at<float>(weight_sum), smoothing};
       }));
-  py::class_<Scratch>(m, "Scratch").def(py::init([](Address partials, Address bad, Address counters) {
+  py::class_<Scratch>(m, "Scratch", py::module_local()).def(py::init([](Address partials, Address bad, Address counters) {
     return Scratch{at<float>(partials), at<uint32_t>(bad), at<uint32_t>(counters)};
   }));
-  py::class_<Matrix>(m, "Matrix")
+  py::class_<Matrix>(m, "Matrix", py::module_local())
       .def(py::init([](Address data, const std::string& dtype, int64_t rows, int64_t width, int64_t stride) {
         return Matrix{at<void>(data), dtype_named(dtype, true), rows, width, stride};
       }));
