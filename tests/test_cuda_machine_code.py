@@ -1,12 +1,13 @@
 """The CUDA module as nvcc built it, for every architecture in it: no register spills, 16-byte accesses in the hot loops."""
 
+import os
 import re
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-from rd_kernels.backends.machine_code import Cost, nvidia_costs
+from rd_kernels.backends.machine_code import Cost, architectures, nvidia_costs
 
 MODULE = Path(__file__).resolve().parents[1] / "rd_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
@@ -50,7 +51,17 @@ def complaints(cost: Cost) -> list[str]:
 def costs(request):
     if not MODULE.exists():
         pytest.skip("rd_kernels._cuda was not built: there is no nvcc here (docs/building.md)")
+    if request.param not in architectures(MODULE) and os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        pytest.skip(f"TORCH_CUDA_ARCH_LIST left {request.param} out")
     return list(nvidia_costs(MODULE, request.param, hot="MUFU.EX2"))
+
+
+def test_newest_architecture_is_there_as_ptx_too():
+    """For GPUs that do not exist yet. None of sm_103, which CUDA 13 is reported to compile wrongly."""
+    if not MODULE.exists() or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        pytest.skip("built for chosen architectures, or not at all")
+    assert architectures(MODULE) == ARCHITECTURES
+    assert architectures(MODULE, "ptx") == ["sm_120"]
 
 
 def test_every_kernel_is_there(costs):

@@ -24,7 +24,7 @@ MINUTES = 9.0  # where a command may take 10
 RESERVE = 80  # seconds the benchmark takes to start and to finish what it is at when its time is over
 SUITE = (
     "conformance", "cross_entropy", "group_dro", "linear", "ops", "inplace_backward",
-    "triton_backend", "triton_groups", "triton_kernels",
+    "triton_backend", "gpu_groups", "gpu_kernels", "cuda_kernels",
 )  # fmt: skip
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,mig.mode.current"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")

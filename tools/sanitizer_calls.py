@@ -16,7 +16,7 @@ from torch import Tensor
 from rd_kernels.backends.registry import BACKENDS, Backend, get
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VOCABULARIES = (1, 7, 127, 1000, 4099, 30522)
+VOCABULARIES = (1, 7, 127, 1000, 4099, 30522, 128256)  # the last two by clusters of blocks
 LAYOUTS = ((0, 0), (1, 0), (3, 6), (7, 1))  # first column, padding: rows begin at any element of 16 bytes
 OBJECTIVES = (("erm", 0.0), ("group_dro", 0.1), ("group_dro_hold", 0.1))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -60,16 +60,17 @@ def groups(backend: Backend, device: str, count: int, num_groups: int, mask: boo
     reference = get("reference")
     losses, outcome = torch.rand(count), torch.randint(3, (count,)).to(torch.uint8)
     members = torch.rand(count, num_groups) < 0.4 if mask else torch.randint(-1, num_groups, (count,))
-    given = tuple(tensor.to(device) for tensor in (losses, outcome, members))
+    own_losses, own_outcome, own_members = (tensor.to(device) for tensor in (losses, outcome, members))
     q, adjustment = torch.full((num_groups,), 1 / num_groups), torch.rand(num_groups)
     same(
-        backend.group_reduce(*given, num_groups), reference.group_reduce(losses, outcome, members, num_groups)
+        backend.group_reduce(own_losses, own_outcome, own_members, num_groups),
+        reference.group_reduce(losses, outcome, members, num_groups),
     )
     for (objective, step), extra in itertools.product(OBJECTIVES, (None, adjustment)):
         state, own = q.clone(), q.clone().to(device)
         expected = reference.reduce_and_update(losses, outcome, members, state, objective, step, extra)
         more = None if extra is None else extra.to(device)
-        found = backend.reduce_and_update(*given, own, objective, step, more)
+        found = backend.reduce_and_update(own_losses, own_outcome, own_members, own, objective, step, more)
         same((*found, own), (*expected, state), 1e-4)
 
 
@@ -82,10 +83,30 @@ def whole(backend: Backend, device: str, dtype: torch.dtype, count: int, mask: b
     labels[::3] = -100
     members = torch.rand(count, 3) < 0.5 if mask else torch.arange(count) % 3
     q = torch.full((3,), 1 / 3)
-    given = [tensor.to(device) for tensor in (logits, labels, members, q.clone())]
-    found = backend.grouped_forward(*given, "group_dro", 0.1, None, -100)
+    z, y, own_members, own_q = (tensor.to(device) for tensor in (logits, labels, members, q.clone()))
+    found = backend.grouped_forward(z, y, own_members, own_q, "group_dro", 0.1, None, -100)
     expected = reference.grouped_forward(logits, labels, members, q, "group_dro", 0.1, None, -100)
-    same((*found, given[3]), (*expected, q), 1e-4)
+    same((*found, own_q), (*expected, q), 1e-4)
+
+
+def packing(backend: Backend, device: str, dtype: torch.dtype, count: int, width: int, first: int) -> None:
+    """Labelled rows picked and put back, rows scaled."""
+    reference = get("reference")
+    x = torch.randn(count, first + width, dtype=dtype)[:, first:]
+    labels, scale = torch.randint(-1, 2, (count,)), torch.rand(count)
+    expected = reference.compact(labels, -1, count // 2)
+    found = backend.compact(labels.to(device), -1, count // 2)
+    same(found, expected)
+    packed = reference.gather_rows(x, expected[0])
+    on_device = x.to(device)
+    same((backend.gather_rows(on_device, found[0]),), (packed,), 0.0)
+    same(
+        (backend.gather_rows(packed.to(device), found[1]),),
+        (reference.gather_rows(packed, expected[1]),),
+        0.0,
+    )
+    scaled = reference.scale_rows(x, scale, torch.empty_like(x))
+    same((backend.scale_rows(on_device, scale.to(device), on_device),), (scaled,), TOLERANCE[dtype])
 
 
 def main() -> int:
@@ -109,6 +130,9 @@ def main() -> int:
         calls += 1
     for dtype, count, mask in itertools.product(served, (1, 40), (False, True)):
         whole(backend, options.device, dtype, count, mask)
+        calls += 1
+    for dtype, count, width, first in itertools.product(served, (1, 1500), (5, 64), (0, 3)):
+        packing(backend, options.device, dtype, count, width, first)
         calls += 1
     print(f"{calls} cases on {options.device} by {options.backend}: as the reference")
     return 0

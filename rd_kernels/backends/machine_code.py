@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cost", "amd_cost", "nvidia_costs"]
+__all__ = ["Cost", "amd_cost", "architectures", "nvidia_costs"]
 
 Access = tuple[str, int]  # "loads" or "stores", width in bits
 
@@ -52,6 +52,12 @@ def nvidia_costs(
         counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", numbers)}
         accesses = _nvidia_accesses(listings[name], hot) if with_loops else {"loads": {}, "stores": {}}
         yield Cost(name, counts["REG"], counts["STACK"], counts["LOCAL"], **accesses)
+
+
+def architectures(binary: Path, kind: str = "elf") -> list[str]:
+    """Those that a library has machine code ("elf") or "ptx" for, each once."""
+    listing = _cuobjdump(f"--list-{kind}", binary)
+    return sorted(set(re.findall(r"\.(sm_\w+)\.", listing)), key=lambda name: (len(name.strip("a")), name))
 
 
 def amd_cost(name: str, assembly: str, with_loops: bool = True) -> Cost:
