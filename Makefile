@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 demo: $(STAMP) ## fine-tune a BERT with ERM and with Group DRO, compare loss and bias
 	$(BIN)/robustdebias demo $(DEMO_ARGS)
 
-test: $(STAMP) ## build and run the whole suite but the slow tests, with coverage
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term $(PYTEST_ARGS)
+test: $(STAMP) ## build and run the whole suite but the slow tests and those for a GPU, with coverage
+	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
