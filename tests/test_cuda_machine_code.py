@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rd_kernels.backends.machine_code import Cost, architectures, nvidia_costs
+from rd_kernels.backends.machine_code import Cost, architectures, nvidia_costs, nvidia_listings
 
 MODULE = Path(__file__).resolve().parents[1] / "rd_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
@@ -47,13 +47,18 @@ def complaints(cost: Cost) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def costs(request):
+def require(architecture: str) -> str:
+    """Skip if there is no nvcc, or if someone chose other architectures."""
     if not MODULE.exists():
         pytest.skip("rd_kernels._cuda was not built: there is no nvcc here (docs/building.md)")
-    if request.param not in architectures(MODULE) and os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        pytest.skip(f"TORCH_CUDA_ARCH_LIST left {request.param} out")
-    return list(nvidia_costs(MODULE, request.param, hot="MUFU.EX2"))
+    if architecture not in architectures(MODULE) and os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        pytest.skip(f"TORCH_CUDA_ARCH_LIST left {architecture} out")
+    return architecture
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def costs(request):
+    return list(nvidia_costs(MODULE, require(request.param), hot="MUFU.EX2"))
 
 
 def test_newest_architecture_is_there_as_ptx_too():
@@ -77,6 +82,19 @@ def test_no_spills_and_wide_accesses(costs):
 def test_enough_blocks_are_resident(costs):
     """64 registers let 1,024 threads of the row kernels share a multiprocessor."""
     assert max(cost.registers for cost in costs if name_of(cost) in ROW_KERNELS) <= 64
+
+
+@pytest.mark.parametrize(("architecture", "is_there"), [("sm_80", False), ("sm_90a", True)])
+def test_hopper_instructions_stand_behind_their_guards(architecture, is_there):
+    """Bulk copies to shared memory, barriers of a cluster, waiting for the kernel before: nowhere else, and there."""
+    listings = nvidia_listings(MODULE, require(architecture))
+    by_copy_engine = [text for name, text in listings.items() if "KeepE2" in name]
+    assert len(by_copy_engine) == 3
+    assert all(("UBLKCP" in text) == is_there for text in by_copy_engine)
+    rows = [text for name, text in listings.items() if "row_forward_kernel" in name and "Li256E" in name]
+    assert len(rows) == 6
+    assert all(("UCGABAR_WAIT" in text) == is_there for text in rows)
+    assert all(("ACQBULK" in text) == is_there for text in listings.values())
 
 
 GOOD = Cost("_ZN2rd3_cu19row_backward_kernelIfLi256ELb0EEEv", 40, 0, 0, {128: 6}, {128: 5})

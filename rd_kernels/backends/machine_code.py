@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cost", "amd_cost", "architectures", "nvidia_costs"]
+__all__ = ["Cost", "amd_cost", "architectures", "nvidia_costs", "nvidia_listings"]
 
 Access = tuple[str, int]  # "loads" or "stores", width in bits
 
@@ -42,16 +42,18 @@ def nvidia_costs(
     ``hot``: only the innermost loops with this instruction count. Without ``with_loops`` accesses are left out:
     disassembling takes longer than compiling.
     """
-    arch = [] if architecture is None else ["--gpu-architecture", architecture]
-    usage = _cuobjdump(*arch, "--dump-resource-usage", binary)
-    listings = {}
-    if with_loops:
-        functions = re.split(r"\n\s*Function : ", _cuobjdump(*arch, "--dump-sass", binary))[1:]
-        listings = {text.split("\n", 1)[0].strip(): text for text in functions}
+    usage = _cuobjdump(*_choice(architecture), "--dump-resource-usage", binary)
+    listings = nvidia_listings(binary, architecture) if with_loops else {}
     for name, numbers in re.findall(r"Function (\S+?):\s*\n\s*(REG:.*)", usage):
         counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", numbers)}
         accesses = _nvidia_accesses(listings[name], hot) if with_loops else {"loads": {}, "stores": {}}
         yield Cost(name, counts["REG"], counts["STACK"], counts["LOCAL"], **accesses)
+
+
+def nvidia_listings(binary: Path, architecture: str | None = None) -> dict[str, str]:
+    """The disassembly of every kernel, by its name."""
+    functions = re.split(r"\n\s*Function : ", _cuobjdump(*_choice(architecture), "--dump-sass", binary))[1:]
+    return {text.split("\n", 1)[0].strip(): text for text in functions}
 
 
 def architectures(binary: Path, kind: str = "elf") -> list[str]:
@@ -76,6 +78,10 @@ def amd_cost(name: str, assembly: str, with_loops: bool = True) -> Cost:
         counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
         **_loop_accesses(lines, jumps, _amd_access),
     )
+
+
+def _choice(architecture: str | None) -> list[str]:
+    return [] if architecture is None else ["--gpu-architecture", architecture]
 
 
 def _cuobjdump(*arguments: str | Path) -> str:
