@@ -57,9 +57,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       .def(py::init([](Address class_weight, Address weight_sum, float smoothing) {
         return Weighting{at<float>(class_weight), at<float>(weight_sum), smoothing};
       }));
-  py::class_<Scratch>(m, "Scratch", py::module_local()).def(py::init([](Address partials, Address bad, Address counters) {
-    return Scratch{at<float>(partials), at<uint32_t>(bad), at<uint32_t>(counters)};
-  }));
+  py::class_<Scratch>(m, "Scratch", py::module_local())
+      .def(py::init([](Address partials, Address bad, Address counters) {
+        return Scratch{at<float>(partials), at<uint32_t>(bad), at<uint32_t>(counters)};
+      }));
   py::class_<Matrix>(m, "Matrix", py::module_local())
       .def(py::init([](Address data, const std::string& dtype, int64_t rows, int64_t width, int64_t stride) {
         return Matrix{at<void>(data), dtype_named(dtype, true), rows, width, stride};

@@ -1,5 +1,6 @@
-// Runs every kernel of csrc/cuda on small inputs, for the thread sanitizer: it knows when two threads of a block, of a
-// cluster or of two blocks touch the same memory with nothing that orders them, whatever order they happened to run in.
+// Runs every kernel of csrc/cuda on small inputs, for the thread sanitizer: it knows when two threads of a
+// block, of a cluster or of two blocks touch the same memory with nothing that orders them, whatever order
+// they happened to run in.
 #include <cuda_bf16.h>
 
 #include <cstdio>
@@ -28,9 +29,23 @@ struct Problem {
   float total = 0;
 
   Problem(int64_t n, int64_t v, int64_t g, bool is_masked)
-      : rows(n), vocabulary(v), num_groups(g), masked(is_masked), logits(n * v), gradient(n * v), labels(n), ids(n),
-        status(2), loss(n), normaliser(2 * n), coefficients(g), scale(n), stats(4 * (g + 2)), q(g, 1.0f / g),
-        outcome(n), mask(n * g) {
+      : rows(n),
+        vocabulary(v),
+        num_groups(g),
+        masked(is_masked),
+        logits(n * v),
+        gradient(n * v),
+        labels(n),
+        ids(n),
+        status(2),
+        loss(n),
+        normaliser(2 * n),
+        coefficients(g),
+        scale(n),
+        stats(4 * (g + 2)),
+        q(g, 1.0f / g),
+        outcome(n),
+        mask(n * g) {
     const int64_t chunks = n / kChunkRows + 1;
     partials.resize(chunks * 3 * (g + 2)), bad.resize(2 * chunks), counters.resize(1 + chunks);
     for (int64_t i = 0; i < n * v; ++i) logits[i] = __float2bfloat16_rn(noise(i));
@@ -55,10 +70,11 @@ struct Problem {
     row_forward(kQueue, logit_rows(), {nullptr, nullptr, 0.1f}, results());
     group_reduce(kQueue, loss.data(), outcome.data(), rows, groups(), statistics(), scratch());
     group_update(kQueue, statistics(), num_groups, update(), &total, coefficients.data());
-    grouped_forward(kQueue, logit_rows(), results(), groups(), update(), statistics(), &total, coefficients.data(),
-                    scratch());
+    grouped_forward(kQueue, logit_rows(), results(), groups(), update(), statistics(), &total,
+                    coefficients.data(), scratch());
     row_scale(kQueue, coefficients.data(), outcome.data(), rows, groups(), scale.data());
-    row_backward(kQueue, logit_rows(), {}, {nullptr, 0, scale.data(), normaliser_rows(), gradient.data(), vocabulary, true});
+    row_backward(kQueue, logit_rows(), {},
+                 {nullptr, 0, scale.data(), normaliser_rows(), gradient.data(), vocabulary, true});
     softmax_minus_onehot(kQueue, logit_rows(), results());
   }
 };
@@ -77,12 +93,12 @@ void run_linear() {
 }  // namespace
 
 int main() {
-  Problem(300, 9, 3, true).run();      // a warp for each row, three chunks
-  Problem(2, 9000, 2, false).run();    // a cluster for each row
+  Problem(300, 9, 3, true).run();    // a warp for each row, three chunks
+  Problem(2, 9000, 2, false).run();  // a cluster for each row
   setenv("RD_EMULATION_DEVICE", "4,8,0,166912,167936", 1);
   Problem(140, 2100, 2, false).run();  // a block for each row, two chunks; rows kept by threads
   setenv("RD_EMULATION_DEVICE", "4,8,0,4096,4096", 1);
-  Problem(3, 4100, 2, false).run();    // rows read twice
+  Problem(3, 4100, 2, false).run();  // rows read twice
   run_linear();
   printf("done\n");
 }
