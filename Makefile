@@ -7,6 +7,8 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Each takes its files one by one; what is built for a file is built once.
+TEST_JOBS   ?= 2
 
 # The compiled module is rebuilt when a native source or the build script changes.
 NATIVE := $(shell find csrc build_support -type f -not -name '*.pyc' 2>/dev/null) setup.py
@@ -27,7 +29,7 @@ demo: $(STAMP) ## fine-tune a BERT with ERM and with Group DRO, compare loss and
 	$(BIN)/robustdebias demo $(DEMO_ARGS)
 
 test: $(STAMP) ## build and run the whole suite but the slow tests and those for a GPU, with coverage
-	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
