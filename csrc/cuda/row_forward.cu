@@ -22,11 +22,7 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
   const int64_t label = rows.labels[i];
   const Outcome outcome = outcome_by_label(rows, label);
   if (outcome != kMiss) {
-    if (thread == 0) {
-      const float nothing = outcome == kIgnored ? 0.0f : NAN;
-      results.loss[i] = results.normaliser.maximum[i] = results.normaliser.log_sum[i] = nothing;
-      results.outcome[i] = outcome;
-    }
+    if (thread == 0) write_uncounted(results, i, outcome);
     return;
   }
   const Row<const T> row(row_of<const T>(rows.logits, rows.stride, i), rows.vocabulary);
@@ -58,9 +54,10 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (const int piece = first + u * team; piece < row.pieces) {
-          const float* weights = w + row.column(piece);
 #pragma unroll
-          for (int e = 0; e < kWide<T>; ++e) smooth += (w ? weights[e] : 1.0f) * (origin - z[u][e]);
+          for (int e = 0; e < kWide<T>; ++e) {
+            smooth += (w ? w[row.column(piece) + e] : 1.0f) * (origin - z[u][e]);
+          }
         }
       }
     }
@@ -72,7 +69,7 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
   }
   if (thread != 0) return;
 
-  const float maximum = seen.saved_maximum(), log_total = seen.log_total();
+  const float log_total = seen.log_total();
   // Not (maximum + log_total) - z_label: a small loss would inherit the rounding of a large maximum.
   float loss = log_total + (seen.maximum - z_label);
   if (w != nullptr) loss *= w[label];
@@ -82,11 +79,7 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
     smooth += mass * (log_total + (seen.maximum - origin));
     loss = (1 - weighting.smoothing) * loss + weighting.smoothing / v * smooth;
   }
-  results.loss[i] = loss;
-  results.normaliser.maximum[i] = maximum;
-  results.normaliser.log_sum[i] = log_total;
-  const bool has_nan = seen.total != seen.total;
-  results.outcome[i] = z_label >= maximum && !has_nan ? kHit : kMiss;
+  write_counted(results, i, seen, loss, z_label);
 }
 
 // kThreads / kTeam rows for each cluster.

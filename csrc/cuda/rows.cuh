@@ -182,6 +182,22 @@ struct Softmax {
   }
 };
 
+__device__ __forceinline__ void write_uncounted(const RowResults& results, int64_t i, Outcome outcome) {
+  const float nothing = outcome == kIgnored ? 0.0f : NAN;
+  results.loss[i] = results.normaliser.maximum[i] = results.normaliser.log_sum[i] = nothing;
+  results.outcome[i] = outcome;
+}
+
+// A row with a NaN is no hit, whatever its label's logit.
+__device__ __forceinline__ void write_counted(const RowResults& results, int64_t i, const Softmax& seen,
+                                              float loss, float z_label) {
+  const float maximum = seen.saved_maximum();
+  results.loss[i] = loss;
+  results.normaliser.maximum[i] = maximum;
+  results.normaliser.log_sum[i] = seen.log_total();
+  results.outcome[i] = z_label >= maximum && seen.total == seen.total ? kHit : kMiss;
+}
+
 // What a block needs to join its threads' softmaxes; `smooth` is summed along.
 template <int kWarps>
 struct SoftmaxSlots {

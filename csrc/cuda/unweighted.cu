@@ -48,11 +48,7 @@ __global__ void __launch_bounds__(kThreads) softmax_minus_onehot_kernel(Rows row
   const Outcome outcome = outcome_by_label(rows, label);
   if (outcome != kMiss) {
     write_zeros(row, part);
-    if (writes_results) {
-      const float nothing = outcome == kIgnored ? 0.0f : NAN;
-      results.loss[i] = results.normaliser.maximum[i] = results.normaliser.log_sum[i] = nothing;
-      results.outcome[i] = outcome;
-    }
+    if (writes_results) write_uncounted(results, i, outcome);
     return;
   }
   const float z_label = Element<T>::load(row.begin[label]);  // by every thread before any writes
@@ -99,13 +95,7 @@ __global__ void __launch_bounds__(kThreads) softmax_minus_onehot_kernel(Rows row
   join_blocks<kThreads, true>(seen, smooth, memory.slots);
 
   const float maximum = seen.saved_maximum(), log_total = seen.log_total();
-  if (writes_results) {
-    results.loss[i] = log_total + (seen.maximum - z_label);
-    results.normaliser.maximum[i] = maximum;
-    results.normaliser.log_sum[i] = log_total;
-    const bool has_nan = seen.total != seen.total;
-    results.outcome[i] = z_label >= maximum && !has_nan ? kHit : kMiss;
-  }
+  if (writes_results) write_counted(results, i, seen, log_total + (seen.maximum - z_label), z_label);
   const Slope slope = {maximum, log_total, 1, 1, 0, static_cast<int>(label)};
   if constexpr (kKeep == Keep::kNothing) {
     write_gradient<T, false>(row.begin, row, part, slope, nullptr);
