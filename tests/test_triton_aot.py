@@ -72,7 +72,7 @@ def test_table_has_a_line_for_each_variant(compiled):
 
 
 def test_under_the_interpreter_it_says_so(monkeypatch):
-    kernels = SimpleNamespace(INTERPRETED=SimpleNamespace(value=True))
+    kernels = {"INTERPRETED": SimpleNamespace(value=True)}
     monkeypatch.setattr(triton_aot._Recorder, "_kernels", kernels)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
         triton_aot.variants("sm_90", ["bf16"], thorough=False)

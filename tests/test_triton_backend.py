@@ -13,9 +13,10 @@ from tests.devices import device_of
 def with_kernels(version="3.9.0", interpreted=False):
     """A backend that finds this version of triton, imported with or without TRITON_INTERPRET."""
     backend = TritonBackend()
-    backend._kernels = SimpleNamespace(
-        triton=SimpleNamespace(__version__=version), INTERPRETED=SimpleNamespace(value=interpreted)
-    )
+    backend._kernels = {
+        "triton": SimpleNamespace(__version__=version),
+        "INTERPRETED": SimpleNamespace(value=interpreted),
+    }
     return backend
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from rd_kernels.backends import machine_code
-from rd_kernels.backends.triton_backend import COMPILER_OPTIONS, TritonBackend
+from rd_kernels.backends.triton_backend import TritonBackend
+from rd_kernels.backends.triton_launcher import COMPILER_OPTIONS
 
 __all__ = ["DTYPES", "TARGETS", "Cost", "Variant", "measure", "variants"]
 
@@ -88,13 +89,13 @@ class _Recorder(TritonBackend):
     """Notes the kernels that the launchers would start for "cuda" or "hip"."""
 
     def __init__(self, architecture: str):
-        if self._kernels.INTERPRETED.value:
+        if self._kernels["INTERPRETED"].value:
             raise RuntimeError("TRITON_INTERPRET is set: unset it before Python starts, to compile kernels")
         self._architecture = architecture
         self.recorded: dict[Variant, None] = {}  # in order, each once
 
     def _launch(self, kernel, grid, tensors, scalars, **options):
-        function = getattr(self._kernels, kernel)
+        function = self._kernels[kernel]
         names = {parameter.name for parameter in function.params}
         types: dict[str, str] = {}
         constants: dict[str, Any] = {name: value for name, value in options.items() if name in names}
@@ -180,9 +181,7 @@ def measure(variant: Variant, target: str) -> Cost:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rd_kernels.backends import triton_kernels
-
-    function = getattr(triton_kernels, variant.kernel)
+    function = TritonBackend()._kernels[variant.kernel]
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
     source = ASTSource(function, dict(variant.types), dict(variant.constants), attributes)
     options = {**dict(variant.options), **COMPILER_OPTIONS}

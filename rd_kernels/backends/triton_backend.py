@@ -6,22 +6,16 @@ asked for with TRITON_INTERPRET=1 before Python starts. Letters: N rows, V vocab
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rd_kernels.backends.registry import Backend
+from rd_kernels.backends.triton_launcher import Launcher
 
-__all__ = ["COMPILER_OPTIONS", "RowConfig", "TritonBackend"]
-
-# A multiplication and an addition become one instruction; newer versions of triton want to be asked.
-COMPILER_OPTIONS = {"enable_fp_fusion": True}
+__all__ = ["RowConfig", "TritonBackend"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_TRITON = (3, 6)
@@ -49,7 +43,7 @@ _GROUP_TILES = {16: 128, 64: 32}
 _CHUNKS = 64  # chunks that group_totals adds in one step
 
 
-class TritonBackend(Backend):
+class TritonBackend(Launcher, Backend):
     name = "triton"
     _architecture = "hip" if torch.version.hip else "cuda"
 
@@ -57,13 +51,13 @@ class TritonBackend(Backend):
         try:
             if importlib.util.find_spec("triton") is None:
                 return "triton is not installed; pip install 'triton>=3.6'"
-            kernels = self._kernels
+            triton, interpreted = self._kernels["triton"], self._kernels["INTERPRETED"]
         except Exception as error:  # whatever a broken installation raises
             return f"triton cannot be imported: {type(error).__name__}: {error}"
-        version = tuple(int(part) for part in kernels.triton.__version__.split(".")[:2])
+        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
         if version < _OLDEST_TRITON:
-            return f"triton {kernels.triton.__version__} is too old; pip install 'triton>=3.6'"
-        if not kernels.INTERPRETED.value and not torch.cuda.is_available():
+            return f"triton {triton.__version__} is too old; pip install 'triton>=3.6'"
+        if not interpreted.value and not torch.cuda.is_available():
             return (
                 "torch sees no CUDA or ROCm device; for tests, TRITON_INTERPRET=1 set before Python starts "
                 "runs the kernels on the CPU under Triton's (slow) interpreter"
@@ -79,7 +73,7 @@ class TritonBackend(Backend):
             return None
         if logits.device.type != "cpu":
             return f"it serves CUDA and ROCm devices, not {logits.device}"
-        if not self._kernels.INTERPRETED.value:
+        if not self._kernels["INTERPRETED"].value:
             return "CPU tensors are served under Triton's interpreter only: TRITON_INTERPRET=1 before Python starts"
         return None
 
@@ -184,30 +178,11 @@ class TritonBackend(Backend):
         )
         return scale
 
-    @functools.cached_property
-    def _kernels(self) -> Any:
-        return importlib.import_module("rd_kernels.backends.triton_kernels")
-
     def _row_options(self, logits: Tensor) -> dict[str, int]:
         """The shape of a row kernel: a step's columns as lanes of 16-byte pieces."""
         config = _SHORT_ROW if logits.shape[1] <= _SHORT_ROW.block else _LONG_ROW[self._architecture]
         wide = 16 // logits.element_size()
         return {"num_warps": config.warps, "LANES": config.block // wide, "WIDE": wide}
-
-    def _launch(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        tensors: tuple[Tensor | None, ...],
-        scalars: tuple[int | float | None, ...],
-        **options: int | str | bool,  # the kernel's constants, and num_warps (default 4)
-    ) -> None:
-        """Start one kernel, on its tensors' device. A grid without programs starts nothing."""
-        if 0 in grid:
-            return
-        device = next(tensor.device for tensor in tensors if tensor is not None)
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            getattr(self._kernels, kernel)[grid](*tensors, *scalars, **options, **COMPILER_OPTIONS)
 
 
 def _smoothing_arguments(
