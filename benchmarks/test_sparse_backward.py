@@ -63,11 +63,12 @@ def test_backward(benchmark, outputs, rows, dtype, weights, filter_eps):
     hidden, weight, bias = (t.to(dtype) for t in outputs[:3])
     hidden, labels, scale = hidden[:rows], outputs[3][:rows], row_weights(weights, rows)
     backend = get("cpu")
-    _, normaliser, _, unweighted = linear.forward(backend, hidden, weight, bias, labels, -100, rows, rows)
+    shape = (weight.shape[0], -100, linear.Layout(rows, rows, rows))
+    _, normaliser, _, kept = linear.forward(backend, hidden, weight, bias, labels, None, *shape)
 
     def run():
         return linear.backward(
-            backend, torch.tensor(1.0), scale, unweighted, normaliser, hidden, weight, bias, labels, -100, rows,
+            backend, torch.tensor(1.0), scale, kept, normaliser, hidden, weight, bias, labels, None, None, *shape,
             [True, True, True], filter_eps,
         )  # fmt: skip
 
@@ -89,7 +90,7 @@ def test_backward(benchmark, outputs, rows, dtype, weights, filter_eps):
         relative = float(difference.norm() / exact.norm())
         report.append(f"{name} error {error:.1e} of bound {bound:.1e}, relative {relative:.1e}")
     del terms, exact, difference
-    chosen = linear.select(unweighted, labels, scale, normaliser[1], -100, filter_eps)
+    chosen = linear.select(kept.unweighted, labels, scale, normaliser[1], -100, filter_eps)
     left = [
         0.0 if chosen.rows is None else 1 - len(chosen.rows) / rows,
         0.0 if chosen.columns is None else 1 - len(chosen.columns) / len(weight),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rd_kernels import distributed, ops
-from rd_kernels.backends.registry import select
+from rd_kernels.backends.registry import linear_form, select
+from rd_kernels.gemm import leading_dimension
 from rd_kernels.groups import canonical_groups, canonical_labels, check_same_device
-from rd_kernels.linear import DEFAULT_MEMORY_BUDGET, plan
+from rd_kernels.linear import default_memory_budget, plan
 from rd_kernels.objectives import GroupDRO, Objective
 
 __all__ = ["cross_entropy", "group_dro_cross_entropy", "linear_group_dro_cross_entropy"]
@@ -163,20 +165,27 @@ def linear_group_dro_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    memory_budget: int | None = None,
     process_group: Any = None,
     backend: str = "auto",
     filter_eps: float | None = None,
+    capacity: int | float | None = None,
 ) -> Tensor:
     """:func:`group_dro_cross_entropy` of ``hidden @ weight.T + bias``, exact with 3 GEMMs.
 
-    On a CPU rows without a label take no part in the GEMMs (under torch.compile they do).
+    On a CPU rows without a label take no part in the GEMMs; elsewhere ``capacity`` leaves them out.
 
     Args:
         hidden: [..., D]. weight: [V, D]. bias: [V] or None. One floating dtype (autocast casts all three).
         labels, groups, group_weights, objective, ignore_index, process_group, backend: as there.
         memory_budget: bytes for what grows with the rows beside inputs and gradients. Rows that do not fit
-            are computed again in the backward: 4 - f GEMMs where a fraction f fits.
+            are computed again in the backward: 4 - f GEMMs where a fraction f fits. None: 1 GiB on a CPU, an
+            eighth of a GPU's memory and at least 1 GiB.
+        capacity: for batches of which few rows have a label, on a GPU or under torch.compile: only labelled rows
+            take part in the GEMMs, in a buffer of so many rows (an int), or of this share of the rows (a float).
+            The host never learns how many there are. More of them than places are no error and lose nothing:
+            those beyond are computed by kernels of their own, without a buffer and slower, which end at once where
+            there are none. None: a place for every row. On a CPU, elsewhere, the labelled rows are simply picked.
         filter_eps: None or 0: exact gradients. Above 0, on a CPU: the backward leaves out rows and vocabulary
             entries, the lightest first, that hold at most this share of C = sum_ij |r_i U_ij|, with
             U = softmax - onehot and r_i the row's weight in the gradient. Then the errors' norms, added up over
@@ -185,12 +194,12 @@ def linear_group_dro_cross_entropy(
             2 |grad_out| where no row is in two groups. The loss, the group weights and bias's gradient stay exact.
 
     Raises: as there, and ValueError for shapes of hidden, weight and bias that do not fit, a budget below
-    one row, a filter_eps outside [0, 1), or one above 0 for tensors that are not on a CPU.
+    one row, a capacity below one row, a filter_eps outside [0, 1), or one above 0 for tensors that are not on a CPU.
     """
     adjustment = _adjustment(objective, group_weights)
     return linear_grouped_loss(
         hidden, weight, bias, labels, groups, group_weights, objective, adjustment, ignore_index,
-        memory_budget, process_group, backend, filter_eps,
+        memory_budget, process_group, backend, filter_eps, check_capacity(capacity),
     ).loss  # fmt: skip
 
 
@@ -248,10 +257,11 @@ def linear_grouped_loss(
     objective: Objective,
     adjustment: Tensor | None,
     ignore_index: int,
-    memory_budget: int,
+    memory_budget: int | None,
     process_group: Any,
     backend: str,
     filter_eps: float | None = None,
+    capacity: int | float | None = None,
 ) -> Grouped:
     """The linear op with its statistics; arguments as in :func:`linear_group_dro_cross_entropy`."""
     device = hidden.device
@@ -265,44 +275,71 @@ def linear_grouped_loss(
     check_same_device(
         "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, group_weights=q
     )
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check_linear(hidden, weight, bias)
+    if cast := torch.is_autocast_enabled(device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(device.type))
+    _check_linear(hidden, weight, bias, cast)
+    num_classes = weight.shape[0]
     leading = hidden.shape[:-1]
     flat_labels = canonical_labels(labels, leading)
     flat_groups = canonical_groups(groups, leading, q.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1])
-    if device.type == "cpu" and not torch.compiler.is_compiling():  # shapes that depend on values
+    name = select(backend, rows)
+    on_gpu, fused = linear_form(name, rows.dtype)
+    height = leading_dimension(num_classes, rows.element_size()) if on_gpu else num_classes
+    weight = _decoder_rows(weight, height, rows.dtype)
+    bias = None if bias is None else _decoder_rows(bias, height, rows.dtype)
+    index = position = None
+    if device.type == "cpu" and not on_gpu and not torch.compiler.is_compiling():
+        # Shapes that depend on values cost nothing here: no capacity is needed.
         labelled = (flat_labels != ignore_index).nonzero()[:, 0]
         if len(labelled) < len(flat_labels):
             rows, flat_labels, flat_groups = (
                 tensor.index_select(0, labelled) for tensor in (rows, flat_labels, flat_groups)
             )
-    name = select(backend, rows)
-    stored_rows, block_rows = plan(
-        rows.shape[0], weight.shape[0], rows.shape[1], rows.element_size(), memory_budget
+        places = rows.shape[0]
+    elif (places := _places(capacity, rows.shape[0])) < rows.shape[0]:
+        index, position = ops.compact(flat_labels, ignore_index, name)
+        picked = index.clamp(min=0)
+        flat_labels = torch.where(index < 0, ignore_index, flat_labels.index_select(0, picked))
+        flat_groups = flat_groups.index_select(0, picked)
+    budget = default_memory_budget(device) if memory_budget is None else memory_budget
+    stored, block = plan(places, num_classes, rows.shape[1], rows.element_size(), budget)
+    layout = (num_classes, ignore_index, places, stored, block, fused)
+    row_loss, normaliser, outcome, *kept = ops.linear_forward(
+        rows.detach(),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        flat_labels,
+        index,
+        *layout,
+        name,
     )
-    row_loss, normaliser, outcome, unweighted = ops.linear_forward(
-        rows.detach(), weight.detach(), None if bias is None else bias.detach(), flat_labels, ignore_index,
-        stored_rows, block_rows, name,
-    )  # fmt: skip
     rule = (objective.rule, objective.rate, adjustment)
     ranks = distributed.world_size(process_group)
     if ranks is None:
         loss, stats, status, scale = ops.reduce_and_update(
-            row_loss, outcome, flat_groups, q, *rule, weight.shape[0], name
+            row_loss, outcome, flat_groups, q, *rule, num_classes, name
         )
     else:
         loss, stats, status, scale = distributed.reduce_and_update(
-            row_loss, outcome, flat_groups, q, rule, weight.shape[0], process_group, ranks, name
+            row_loss, outcome, flat_groups, q, rule, num_classes, process_group, ranks, name
         )
     loss = ops.LinearRowsLoss.apply(
-        rows, weight, bias, loss, scale, unweighted, normaliser, flat_labels, ignore_index, block_rows, name,
+        rows,
+        weight,
+        bias,
+        loss,
+        scale,
+        *kept,
+        normaliser,
+        flat_labels,
+        index,
+        position,
+        name,
         epsilon,
-    )  # fmt: skip
-    return Grouped(loss, stats, status, weight.shape[0])
+        *layout,
+    )
+    return Grouped(loss, stats, status, num_classes)
 
 
 def _rows(logits: Tensor, argument: str) -> Tensor:
@@ -334,7 +371,30 @@ def _check_group_weights(q: Tensor) -> None:
         )
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _decoder_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """``x`` [V, ...] as ``dtype``, with zeros up to ``rows``."""
+    return x.to(dtype) if x.shape[0] == rows else ops.PaddedRows.apply(x, rows, dtype)
+
+
+def _places(capacity: int | float | None, rows: int) -> int:
+    """How many of the rows get a place in the linear op's buffer."""
+    if capacity is None:
+        return rows
+    return min(rows, math.ceil(capacity * rows) if isinstance(capacity, float) else capacity)
+
+
+def check_capacity(capacity: int | float | None) -> int | float | None:
+    """As given. ValueError unless it is None, a number of rows, or a share of them in (0, 1] as a float."""
+    share = isinstance(capacity, float) and 0 < capacity <= 1
+    rows = isinstance(capacity, int) and not isinstance(capacity, bool) and capacity >= 1
+    if capacity is not None and not share and not rows:
+        raise ValueError(
+            f"capacity must be None, a number of rows >= 1, or a share of the rows as a float in (0, 1], got {capacity!r}"
+        )
+    return capacity
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> None:
     if not hidden.is_floating_point():
         raise TypeError(f"hidden must be floating point, got {hidden.dtype}")
     if hidden.dim() == 0:
@@ -346,7 +406,7 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
+        if tensor is not None and not cast and tensor.dtype != hidden.dtype:
             raise TypeError(f"{name} is {tensor.dtype}, but hidden is {hidden.dtype}: they must agree")
 
 

@@ -169,7 +169,7 @@ def add_whole(
         else:
             grad_weight.addmm_(unweighted.t(), weighted)
     if grad_bias is not None:
-        grad_bias.add_(torch.mv(unweighted.t(), scale.to(hidden.dtype)))
+        backend.add_column_sums(unweighted, scale, grad_bias)
 
 
 def add_tiled(

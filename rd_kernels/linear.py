@@ -16,6 +16,9 @@ On a CPU the two gradient GEMMs leave out the rows whose weight is 0, which chan
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from torch import Tensor
 from rd_kernels import gemm
 from rd_kernels.backends.registry import Backend
 
-__all__ = ["DEFAULT_MEMORY_BUDGET", "backward", "forward", "plan", "select"]
+__all__ = ["Layout", "Stored", "backward", "default_memory_budget", "forward", "plan", "select"]
 
 # Working on a part of U costs a copy of it, and of the weight if columns are chosen; the whole is faster where less
 # is left out than this share of the rows, or of the products: measured at N = 154 and 1024, D = 384 and 768.
@@ -31,7 +34,17 @@ _COPY_OF_ROWS = 0.15
 _COPY_OF_COLUMNS = 0.2
 _COPY_OF_WEIGHT = 48  # rows whose products cost as much
 
-DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes
+
+def default_memory_budget(device: torch.device) -> int:
+    """Bytes: 1 GiB on a CPU; an eighth of a GPU's memory and at least 1 GiB."""
+    least = 1 << 30
+    if device.type != "cuda":
+        return least
+    return max(least, torch.cuda.get_device_properties(device).total_memory // 8)
+
+
+# What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes seconds and triton.
+default_memory_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plan(rows: int, vocabulary: int, width: int, itemsize: int, memory_budget: int) -> tuple[int, int]:
@@ -56,72 +69,112 @@ def plan(rows: int, vocabulary: int, width: int, itemsize: int, memory_budget: i
     return affordable - block, block
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which rows are kept how. All but the first ``capacity``, which are the labelled ones, are overflow."""
+
+    capacity: int  # rows with a place in a buffer: all N without compaction
+    stored: int  # of these, the first, are kept until the backward
+    block: int  # of the others are computed at a time, twice
+    fused: bool = False  # the product leaves scaled exponentials (Backend.exponentials), not logits
+
+
+class Stored(NamedTuple):
+    """What the forward leaves for the backward of the first rows, beside their results."""
+
+    unweighted: Tensor  # [stored_rows, Vp], its rows gemm.leading_dimension elements apart
+    factor: Tensor  # [stored_rows] acc: U = diag(factor) unweighted; [0] where every factor is 1
+    tile_sums: Tensor  # [T, stored_rows] acc, sums of unweighted by tile; [0, 0] where they are not at hand
+
+
 def forward(
     backend: Backend,
     hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
+    weight: Tensor,  # [Vp, D]; rows from V on are padding, all zeros
+    bias: Tensor | None,  # [Vp]
     labels: Tensor,  # [N]
+    index: Tensor | None,  # [N] compact's
+    num_classes: int,  # V
     ignore_index: int,
-    stored_rows: int,
-    block_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> ``row_loss`` [N], ``normaliser`` [2, N], ``outcome`` [N] and U in hidden's dtype.
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Stored]:
+    """-> ``row_loss`` [N], ``normaliser`` [2, N], ``outcome`` [N], and what is stored.
 
-    U is [stored_rows, V], its rows ``gemm.leading_dimension`` elements apart.
+    With ``index`` row i of the results and of ``labels`` belongs to hidden[index[i]], -1: to none.
     """
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    unweighted = _empty_rows(backend, hidden, stored_rows, vocabulary)
-    parts = []
+    rows = hidden if index is None else backend.gather_rows(hidden, index[: layout.capacity])
+    stored = layout.stored
+    unweighted = _empty_rows(backend, rows, stored, weight.shape[0])
+    factor = tile_sums = None
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.autocast(hidden.device.type, enabled=False):  # the caller chose the dtypes
-        gemm.logits_into(unweighted, hidden[:stored_rows], weight, bias)
-        parts.append(backend.softmax_minus_onehot_(unweighted, labels[:stored_rows], ignore_index))
-        buffer = _empty_rows(backend, hidden, min(block_rows, rows - stored_rows), vocabulary)
-        for start in range(stored_rows, rows, block_rows):
-            block = slice(start, min(start + block_rows, rows))
-            logits = gemm.logits_into(buffer[: block.stop - start], hidden[block], weight, bias)
+        if layout.fused:
+            row_loss, normaliser, outcome, factor, tile_sums = backend.exponentials(
+                rows[:stored], weight, bias, labels[:stored], ignore_index, num_classes, unweighted
+            )
+            parts.append((row_loss, normaliser, outcome))
+        else:
+            gemm.logits_into(unweighted, rows[:stored], weight, bias)
+            logits = unweighted[:, :num_classes]
+            parts.append(backend.softmax_minus_onehot_(logits, labels[:stored], ignore_index))
+        for block, logits, _ in _recomputed(backend, rows, weight, bias, num_classes, layout):
             parts.append(backend.row_forward(logits, labels[block], None, 0.0, ignore_index))
-    if len(parts) == 1:
-        return *parts[0], unweighted
-    row_loss, normaliser, outcome = (torch.cat(column, dim=-1) for column in zip(*parts, strict=True))
-    return row_loss, normaliser, outcome, unweighted
+        if index is not None:
+            beyond = slice(layout.capacity, None)
+            parts.append(
+                backend.overflow_forward(
+                    hidden, weight[:num_classes], _first(bias, num_classes), labels[beyond], ignore_index,
+                    index[beyond],
+                )
+            )  # fmt: skip
+    row_loss, normaliser, outcome = (
+        columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+        for columns in zip(*parts, strict=True)
+    )
+    if factor is None or tile_sums is None:
+        factor, tile_sums = row_loss.new_empty(0), row_loss.new_empty((0, 0))
+    return row_loss, normaliser, outcome, Stored(unweighted, factor, tile_sums)
 
 
 def backward(
     backend: Backend,
     grad_out: Tensor,  # [] acc
     row_scale: Tensor,  # [N] acc
-    unweighted: Tensor,  # [stored_rows, V]
+    stored: Stored,
     normaliser: Tensor,  # [2, N] acc
     hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
+    weight: Tensor,  # [Vp, D]
+    bias: Tensor | None,  # [Vp]
     labels: Tensor,  # [N]
+    index: Tensor | None,  # [N]
+    position: Tensor | None,  # [N] compact's
+    num_classes: int,  # V
     ignore_index: int,
-    block_rows: int,
+    layout: Layout,
     needs: list[bool],
     filter_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of hidden, weight, bias in hidden's dtype; an empty tensor where not needed."""
-    rows, stored_rows, vocabulary = hidden.shape[0], unweighted.shape[0], weight.shape[0]
+    rows = hidden if index is None else backend.gather_rows(hidden, index[: layout.capacity])
     scale = row_scale * grad_out  # [N]
     # One block: its GEMM writes the result. Several: they are added up in acc, so that bf16 is rounded once.
-    total_dtype = normaliser.dtype if stored_rows < rows else hidden.dtype
-    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+    several = layout.stored < layout.capacity
+    total_dtype = normaliser.dtype if several else hidden.dtype
+    grad_rows = rows.new_empty(rows.shape) if needs[0] else None
     grad_weight = backend.empty(weight.shape, total_dtype, weight.device) if needs[1] else None
-    grad_bias = scale.new_zeros(vocabulary) if needs[2] else None
-    if rows == 0 and grad_weight is not None:
+    grad_bias = scale.new_zeros(weight.shape[0]) if needs[2] else None
+    if layout.capacity == 0 and grad_weight is not None:
         grad_weight.zero_()
 
-    def accumulate(block: slice, unweighted_block: Tensor) -> None:
+    def accumulate(block: slice, unweighted: Tensor, block_scale: Tensor) -> None:
         selection = gemm.Selection()
-        if hidden.device.type == "cpu":  # elsewhere a choice by values would wait for the device
+        if hidden.device.type == "cpu" and not backend.on_gpu:  # a choice by values would wait for a GPU
             selection = select(
-                unweighted_block, labels[block], scale[block], normaliser[1, block], ignore_index, filter_eps
+                unweighted, labels[block], block_scale, normaliser[1, block], ignore_index, filter_eps
             )
         arguments = (
-            unweighted_block, hidden[block], scale[block], weight,
-            None if grad_hidden is None else grad_hidden[block], grad_weight, grad_bias, block.start == 0,
+            unweighted, rows[block], block_scale, weight,
+            None if grad_rows is None else grad_rows[block], grad_weight, grad_bias, block.start == 0,
         )  # fmt: skip
         if selection.everything and not gemm.converts(hidden.device.type, hidden.dtype):
             gemm.add_whole(backend, *arguments)
@@ -129,20 +182,51 @@ def backward(
             gemm.add_tiled(selection, *arguments)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        if stored_rows:
-            accumulate(slice(0, stored_rows), unweighted)
-        buffer = _empty_rows(backend, hidden, min(block_rows, rows - stored_rows), vocabulary)
-        for start in range(stored_rows, rows, block_rows):
-            block = slice(start, min(start + block_rows, rows))
-            logits = gemm.logits_into(buffer[: block.stop - start], hidden[block], weight, bias)
+        if layout.stored:
+            block = slice(0, layout.stored)
+            stored_scale = scale[block] if stored.factor.numel() == 0 else scale[block] * stored.factor
+            accumulate(block, stored.unweighted, stored_scale)
+        for block, logits, whole in _recomputed(backend, rows, weight, bias, num_classes, layout):
             backend.row_backward(
                 None, None, logits, labels[block], normaliser[:, block], None, 0.0, ignore_index, out=logits
             )
-            accumulate(block, logits)
+            accumulate(block, whole, scale[block])
+        grad_hidden = grad_rows
+        if index is not None and position is not None:
+            if grad_rows is not None:
+                grad_hidden = backend.gather_rows(grad_rows, position)
+            beyond = slice(layout.capacity, None)
+            backend.overflow_backward(
+                scale[beyond], hidden, weight[:num_classes], _first(bias, num_classes), labels[beyond],
+                normaliser[:, beyond], ignore_index, index[beyond], grad_hidden,
+                _first(grad_weight, num_classes), _first(grad_bias, num_classes),
+            )  # fmt: skip
     return tuple(
         hidden.new_empty(0) if total is None else total.to(hidden.dtype)
         for total in (grad_hidden, grad_weight, grad_bias)
     )  # type: ignore[return-value]
+
+
+def _recomputed(
+    backend: Backend,
+    rows: Tensor,  # [capacity, D]
+    weight: Tensor,  # [Vp, D]
+    bias: Tensor | None,  # [Vp]
+    num_classes: int,
+    layout: Layout,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The rows that are not stored, block by block -> which; their logits [block, V]; the memory around these
+    [block, Vp], zeros in the padding. Valid until the next block."""
+    size = min(layout.block, layout.capacity - layout.stored)
+    buffer = _empty_rows(backend, rows, size, weight.shape[0])
+    for start in range(layout.stored, layout.capacity, layout.block):
+        block = slice(start, min(start + layout.block, layout.capacity))
+        whole = gemm.logits_into(buffer[: block.stop - start], rows[block], weight, bias)
+        yield block, whole[:, :num_classes], whole
+
+
+def _first(tensor: Tensor | None, count: int) -> Tensor | None:
+    return None if tensor is None else tensor[:count]
 
 
 def select(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from rd_kernels import functional
-from rd_kernels.linear import DEFAULT_MEMORY_BUDGET
 from rd_kernels.objectives import GroupDRO, Objective
 from rd_kernels.report import GroupReport
 
@@ -151,8 +150,8 @@ class LinearGroupDROLoss(_GroupLoss):
     """:class:`GroupDROLoss` of ``hidden @ weight.T + bias`` without keeping the logits: exact, 3 GEMMs.
 
     ``loss = LinearGroupDROLoss(G)(hidden, weight, labels, groups, bias=None)`` with hidden [..., D], weight
-    [V, D], bias [V]. Args as there, and ``memory_budget`` in bytes and ``filter_eps``, the share of the
-    gradient that the backward may leave out; see :func:`functional.linear_group_dro_cross_entropy`.
+    [V, D], bias [V]. Args as there, and ``memory_budget`` in bytes, ``filter_eps``, the share of the gradient that
+    the backward may leave out, and ``capacity``, the places for labelled rows where these are few; see :func:`functional.linear_group_dro_cross_entropy`.
     """
 
     def __init__(
@@ -163,13 +162,17 @@ class LinearGroupDROLoss(_GroupLoss):
         group_names: Sequence[str] | None = None,
         process_group: Any = None,
         backend: str = "auto",
-        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        memory_budget: int | None = None,
         filter_eps: float | None = None,
+        capacity: int | float | None = None,
     ):
         super().__init__(num_groups, objective, ignore_index, group_names, process_group, backend)
-        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 1:
+        if memory_budget is not None and (
+            isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 1
+        ):
             raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
         self.memory_budget = memory_budget
+        self.capacity = functional.check_capacity(capacity)
         self.filter_eps = functional.check_filter_eps(filter_eps)
 
     def forward(
@@ -179,5 +182,6 @@ class LinearGroupDROLoss(_GroupLoss):
             functional.linear_grouped_loss(
                 hidden, weight, bias, labels, groups, self._state(), self.objective, self._adjustment,
                 self.ignore_index, self.memory_budget, self.process_group, self.backend, self.filter_eps,
+                self.capacity,
             )
         )  # fmt: skip

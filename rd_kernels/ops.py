@@ -19,7 +19,7 @@ from rd_kernels import linear
 from rd_kernels.backends.registry import BAD_LABEL, get
 from rd_kernels.gemm import leading_dimension
 
-__all__ = ["LinearRowsLoss", "RowsLoss", "raise_if_bad"]
+__all__ = ["LinearRowsLoss", "PaddedRows", "RowsLoss", "raise_if_bad"]
 
 _library = torch.library.Library("rd_kernels", "DEF")
 _OBJECTIVE = "Tensor(a!) q, str objective, float step_size, Tensor? adjustment"
@@ -224,20 +224,46 @@ row_scale = _register(
 )
 
 
-def _linear_forward(hidden, weight, bias, labels, ignore_index, stored_rows, block_rows, backend):
-    return linear.forward(get(backend), hidden, weight, bias, labels, ignore_index, stored_rows, block_rows)
+def _compact(labels, ignore_index, backend):
+    index, position, _ = get(backend).compact(labels, ignore_index, labels.numel())
+    return index, position
 
 
-def _linear_forward_fake(hidden, weight, bias, labels, ignore_index, stored_rows, block_rows, backend):
-    row_loss, normaliser, outcome = _row_forward_fake(hidden, labels, None, 0.0, ignore_index, backend)
+def _compact_fake(labels, ignore_index, backend):
+    return torch.empty_like(labels), torch.empty_like(labels)
+
+
+compact = _register(
+    "compact(Tensor labels, int ignore_index, str backend) -> (Tensor, Tensor)", _compact, _compact_fake
+)
+
+_LAYOUT = "int num_classes, int ignore_index, SymInt capacity, SymInt stored, SymInt block, bool fused"
+
+
+def _linear_forward(
+    hidden, weight, bias, labels, index, num_classes, ignore_index, capacity, stored, block, fused, backend
+):
+    layout = linear.Layout(capacity, stored, block, fused)
+    *results, left = linear.forward(
+        get(backend), hidden, weight, bias, labels, index, num_classes, ignore_index, layout
+    )
+    return *results, *left
+
+
+def _linear_forward_fake(
+    hidden, weight, bias, labels, index, num_classes, ignore_index, capacity, stored, block, fused, backend
+):
+    results = _row_forward_fake(hidden, labels, None, 0.0, ignore_index, backend)
     stride = leading_dimension(weight.shape[0], hidden.element_size())
-    unweighted = hidden.new_empty_strided((stored_rows, weight.shape[0]), (stride, 1))
-    return row_loss, normaliser, outcome, unweighted
+    unweighted = hidden.new_empty_strided((stored, weight.shape[0]), (stride, 1))
+    factor = results[0].new_empty(stored if fused else 0)
+    tiles = -(-weight.shape[0] // get(backend).tile_columns) if fused else 0
+    return *results, unweighted, factor, results[0].new_empty((tiles, stored if fused else 0))
 
 
 linear_forward = _register(
-    "linear_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, "
-    "SymInt stored_rows, SymInt block_rows, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? index, {_LAYOUT}, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_forward,
     _linear_forward_fake,
 )
@@ -247,20 +273,29 @@ def _linear_backward(
     grad_out,
     row_scale,
     unweighted,
+    factor,
+    tile_sums,
     normaliser,
     hidden,
     weight,
     bias,
     labels,
+    index,
+    position,
+    num_classes,
     ignore_index,
-    block_rows,
+    capacity,
+    stored,
+    block,
+    fused,
     needs,
     backend,
     filter_eps=0.0,
 ):
     return linear.backward(
-        get(backend), grad_out, row_scale, unweighted, normaliser, hidden, weight, bias, labels, ignore_index,
-        block_rows, needs, filter_eps,
+        get(backend), grad_out, row_scale, linear.Stored(unweighted, factor, tile_sums), normaliser, hidden, weight,
+        bias, labels, index, position, num_classes, ignore_index, linear.Layout(capacity, stored, block, fused),
+        needs, filter_eps,
     )  # fmt: skip
 
 
@@ -268,13 +303,21 @@ def _linear_backward_fake(
     grad_out,
     row_scale,
     unweighted,
+    factor,
+    tile_sums,
     normaliser,
     hidden,
     weight,
     bias,
     labels,
+    index,
+    position,
+    num_classes,
     ignore_index,
-    block_rows,
+    capacity,
+    stored,
+    block,
+    fused,
     needs,
     backend,
     filter_eps=0.0,
@@ -284,9 +327,9 @@ def _linear_backward_fake(
 
 
 linear_backward = _register(
-    "linear_backward(Tensor grad_out, Tensor row_scale, Tensor unweighted, Tensor normaliser, Tensor hidden, "
-    "Tensor weight, Tensor? bias, Tensor labels, int ignore_index, SymInt block_rows, bool[3] needs, str backend, "
-    "float filter_eps=0.0) -> (Tensor, Tensor, Tensor)",
+    "linear_backward(Tensor grad_out, Tensor row_scale, Tensor unweighted, Tensor factor, Tensor tile_sums, "
+    "Tensor normaliser, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? index, "
+    f"Tensor? position, {_LAYOUT}, bool[3] needs, str backend, float filter_eps=0.0) -> (Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
 )
@@ -366,6 +409,26 @@ class RowsLoss(torch.autograd.Function):
         return (gradient, *[None] * 10)
 
 
+class PaddedRows(torch.autograd.Function):
+    """``x`` [V, ...] as ``dtype`` with rows of zeros behind it: one copy, where a cast makes one anyway.
+
+    Products with a matrix of 30522 rows are slower than with one of 30528, and their results have rows that begin
+    at no multiple of 16 bytes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        ctx.rows, ctx.dtype = x.shape[0], x.dtype
+        padded = torch.empty((rows, *x.shape[1:]), dtype=dtype, device=x.device)
+        padded[: ctx.rows].copy_(x)
+        padded[ctx.rows :].zero_()
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[: ctx.rows].to(ctx.dtype), None, None
+
+
 class LinearRowsLoss(torch.autograd.Function):
     """The scalar ``value`` as it is, with gradients for hidden, weight and bias folded in late (design: 3 GEMMs)."""
 
@@ -373,41 +436,46 @@ class LinearRowsLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,  # [N, D]
-        weight: Tensor,  # [V, D]
-        bias: Tensor | None,  # [V]
+        weight: Tensor,  # [Vp, D]
+        bias: Tensor | None,  # [Vp]
         value: Tensor,  # [] acc
         row_scale: Tensor,  # [N] acc
-        unweighted: Tensor,  # [stored_rows, V]: softmax - onehot
+        unweighted: Tensor,  # linear.Stored
+        factor: Tensor,
+        tile_sums: Tensor,
         normaliser: Tensor,  # [2, N] acc
         labels: Tensor,  # [N]
-        ignore_index: int,
-        block_rows: int,
+        index: Tensor | None,  # [N] compact's
+        position: Tensor | None,  # [N] compact's
         backend: str,
         filter_eps: float,
+        *layout: Any,  # num_classes, ignore_index and the fields of linear.Layout
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, row_scale, unweighted, normaliser, labels)
-        ctx.constants = (ignore_index, block_rows)
-        ctx.backend, ctx.filter_eps = backend, filter_eps
+        ctx.save_for_backward(
+            hidden,
+            weight,
+            bias,
+            row_scale,
+            unweighted,
+            factor,
+            tile_sums,
+            normaliser,
+            labels,
+            index,
+            position,
+        )
+        ctx.layout, ctx.backend, ctx.filter_eps = layout, backend, filter_eps
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_order()
-        hidden, weight, bias, scale, unweighted, normaliser, labels = ctx.saved_tensors
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        row_scale, unweighted, factor, tile_sums, normaliser, labels, index, position = saved
         needs = list(ctx.needs_input_grad[:3])
         gradients = linear_backward(
-            grad_out,
-            scale,
-            unweighted,
-            normaliser,
-            hidden,
-            weight,
-            bias,
-            labels,
-            *ctx.constants,
-            needs,
-            ctx.backend,
-            ctx.filter_eps,
-        )
+            grad_out, row_scale, unweighted, factor, tile_sums, normaliser, hidden, weight, bias, labels, index,
+            position, *ctx.layout, needs, ctx.backend, ctx.filter_eps,
+        )  # fmt: skip
         picked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-        return (*picked, *[None] * 9)
+        return (*picked, *[None] * (11 + len(ctx.layout)))

@@ -150,16 +150,16 @@ def test_memory_stays_within_the_budget(rows_held):
     rows, vocabulary, width = 1000, 700, 24
     hidden, weight, bias, labels, _ = inputs(rows, vocabulary, width)
     budget = budget_for(rows_held, vocabulary, width, 4)
-    stored, block = plan(rows, vocabulary, width, 4, budget)
+    layout = linear.Layout(rows, *plan(rows, vocabulary, width, 4, budget))
     backend = get("cpu")
     scale = torch.rand(rows)
     with PeakMemory(hidden, weight, bias, labels, scale) as memory:
-        _, normaliser, _, unweighted = linear.forward(
-            backend, hidden, weight, bias, labels, -100, stored, block
+        _, normaliser, _, kept = linear.forward(
+            backend, hidden, weight, bias, labels, None, vocabulary, -100, layout
         )
         gradients = linear.backward(
-            backend, torch.tensor(1.0), scale, unweighted, normaliser, hidden, weight, bias, labels, -100, block,
-            [True, True, True],
+            backend, torch.tensor(1.0), scale, kept, normaliser, hidden, weight, bias, labels, None, None,
+            vocabulary, -100, layout, [True, True, True],
         )  # fmt: skip
     gradient_bytes = sum(gradient.nbytes for gradient in gradients)
     per_row_scalars = 64 * rows

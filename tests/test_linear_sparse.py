@@ -36,9 +36,11 @@ def gradients(
     """The op's two halves with given row weights -> the three gradients."""
     backend = get(which)
     stored = hidden.shape[0] if stored is None else stored
-    _, normaliser, _, unweighted = linear.forward(backend, hidden, weight, bias, labels, -100, stored, block)
+    layout = linear.Layout(hidden.shape[0], stored, block)
+    shape = (weight.shape[0], -100, layout)
+    _, normaliser, _, kept = linear.forward(backend, hidden, weight, bias, labels, None, *shape)
     return linear.backward(
-        backend, torch.tensor(grad_out), scale, unweighted, normaliser, hidden, weight, bias, labels, -100, block,
+        backend, torch.tensor(grad_out), scale, kept, normaliser, hidden, weight, bias, labels, None, None, *shape,
         [True, True, True], filter_eps,
     )  # fmt: skip
 
@@ -221,12 +223,13 @@ def test_only_wanted_gradients_with_the_filter(negative):
     hidden, weight, bias, labels = confident(40, 61, 16, 1.5)
     full = gradients(hidden, weight, bias, labels, torch.ones(40), 0.01, grad_out=-2.0 if negative else 2.0)
     backend = get("cpu")
-    _, normaliser, _, unweighted = linear.forward(backend, hidden, weight, bias, labels, -100, 40, 40)
+    shape = (61, -100, linear.Layout(40, 40, 40))
+    _, normaliser, _, kept = linear.forward(backend, hidden, weight, bias, labels, None, *shape)
     for index in range(3):
         needs = [index == i for i in range(3)]
         parts = linear.backward(
-            backend, torch.tensor(-2.0 if negative else 2.0), torch.ones(40), unweighted, normaliser, hidden, weight,
-            bias, labels, -100, 40, needs, 0.01,
+            backend, torch.tensor(-2.0 if negative else 2.0), torch.ones(40), kept, normaliser, hidden, weight,
+            bias, labels, None, None, *shape, needs, 0.01,
         )  # fmt: skip
         assert [part.numel() > 0 for part in parts] == needs
         assert torch.equal(parts[index], full[index])
@@ -331,7 +334,9 @@ def test_autocast_stores_u_in_16_bits(monkeypatch):
     """U takes half the memory, and nothing of float32 grows with N V."""
     seen = []
     backward = linear.backward
-    monkeypatch.setattr(linear, "backward", lambda *args: seen.append(args[3].dtype) or backward(*args))
+    monkeypatch.setattr(
+        linear, "backward", lambda *args: seen.append(args[3].unweighted.dtype) or backward(*args)
+    )
     hidden, weight, bias, labels, groups = inputs()
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     with torch.autocast("cpu", torch.bfloat16):

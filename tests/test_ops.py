@@ -18,7 +18,11 @@ def arguments(backend):
     row_loss, normaliser, outcome = ops.row_forward(logits, labels, None, 0.0, -100, backend)
     stats, status = ops.group_reduce(row_loss, outcome, groups, 7, 3, backend)
     hidden, decoder, bias = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7)
-    linear = ops.linear_forward(hidden, decoder, bias, labels, -100, 3, 2, backend)
+    shape = (7, -100, 5, 3, 2, False)
+    linear = ops.linear_forward(hidden, decoder, bias, labels, None, *shape, backend)
+    index, position = ops.compact(labels, -100, backend)
+    some = (7, -100, 2, 1, 1, False)
+    sparse = ops.linear_forward(hidden, decoder, bias, labels, index, *some, backend)
     return {
         "row_forward": [(logits, labels, weight, 0.1, -100), (logits, labels, None, 0.0, -100)],
         "row_backward": [
@@ -36,18 +40,25 @@ def arguments(backend):
         "group_update": [(stats.clone(), status, q.clone(), "group_dro", 0.1, None)],
         "row_scale": [(torch.rand(3), outcome, groups), (torch.rand(3), outcome, mask)],
         "reduce_and_update": [(row_loss, outcome, groups, q.clone(), "group_dro", 0.1, adjustment, 7)],
-        "linear_forward": [(hidden, decoder, bias, labels, -100, 3, 2), (hidden, decoder, None, labels, -100, 5, 5)],
+        "compact": [(labels, -100)],
+        "linear_forward": [
+            (hidden, decoder, bias, labels, None, *shape),
+            (hidden, decoder, None, labels, None, 7, -100, 5, 5, 5, False),
+            (hidden, decoder, bias, labels, index, *some),
+        ],
         "linear_backward": [
-            (torch.tensor(2.0), torch.rand(5), linear[3], linear[1], hidden, decoder, bias, labels, -100, 2,
-             [True, True, True]),
-            (torch.tensor(2.0), torch.rand(5), linear[3], linear[1], hidden, decoder, None, labels, -100, 2,
-             [True, False, False]),
+            (torch.tensor(2.0), torch.rand(5), *linear[3:], linear[1], hidden, decoder, bias, labels, None, None,
+             *shape, [True, True, True]),
+            (torch.tensor(2.0), torch.rand(5), *linear[3:], linear[1], hidden, decoder, None, labels, None, None,
+             *shape, [True, False, False]),
+            (torch.tensor(2.0), torch.rand(5), *sparse[3:], sparse[1], hidden, decoder, bias, labels, index, position,
+             *some, [True, True, True]),
         ],
     }  # fmt: skip
 
 
 OPS = ["row_forward", "row_backward", "row_backward_", "grouped_forward", "group_reduce", "group_update",
-       "row_scale", "reduce_and_update", "linear_forward", "linear_backward"]  # fmt: skip
+       "row_scale", "reduce_and_update", "compact", "linear_forward", "linear_backward"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)

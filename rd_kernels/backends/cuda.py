@@ -32,6 +32,7 @@ class CUDABackend(NativeBackend):
     """
 
     name = "cuda"
+    on_gpu = True
 
     def __init__(self) -> None:
         # The counters by which blocks find out that they are the last, zero between kernels: one set for each

@@ -50,6 +50,11 @@ class Backend:
     """
 
     name: str
+    on_gpu = False  # its kernels are made for one, wherever they run: no choices by values, padded products
+
+    def fuses_logits(self, dtype: torch.dtype) -> bool:
+        """Whether the linear op's first product shall be ``exponentials`` for hidden states of this dtype."""
+        return False
 
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine and what to do about it; None if it can."""
@@ -122,6 +127,10 @@ class Backend:
         if out is x:
             return out.mul_(column).masked_fill_(column == 0, 0)
         return out.copy_(torch.where(column == 0, 0, x * column))
+
+    def add_column_sums(self, x: Tensor, scale: Tensor, total: Tensor) -> None:
+        """``total`` [V] acc += sum_i scale_i x_i for scale [N] acc and x [N, V], which is finite where it counts."""
+        total.add_(torch.mv(x.t(), scale.to(x.dtype)))
 
     def compact(self, labels: Tensor, ignore_index: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
         """The rows with a label, in order, without the host learning how many: all int64.
@@ -215,6 +224,16 @@ def get(name: str) -> Backend:
         raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}")
     module, cls = BACKENDS[name]
     return getattr(importlib.import_module(module), cls)()
+
+
+def linear_form(name: str, dtype: torch.dtype) -> tuple[bool, bool]:
+    """-> whether the backend is made for a GPU; whether its linear op fuses the logits. Constants to a compiler."""
+    backend = get(name)
+    return backend.on_gpu, backend.fuses_logits(dtype)
+
+
+# What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes seconds and triton.
+linear_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def available() -> dict[str, str | None]:

@@ -132,6 +132,7 @@ def variants(target: str, dtypes: Iterable[str], thorough: bool) -> list[Variant
     with torch.device("meta"):
         for name in dtypes:
             _exercise_rows(recorder, DTYPES[name], thorough)
+            _exercise_linear(recorder, DTYPES[name], thorough)
         _exercise_groups(recorder)
     return list(recorder.recorded)
 
@@ -154,6 +155,14 @@ def _exercise_rows(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -
                 backend.row_backward(
                     grad_out, scale, logits, labels, acc, class_weight, smoothing, -100, out=logits
                 )
+
+
+def _exercise_linear(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
+    rows, width = 2458, 768
+    hidden, unweighted = torch.empty(rows, width, dtype=dtype), torch.empty(rows, 30528, dtype=dtype)
+    scale = torch.empty(rows)
+    backend.scale_rows(hidden, scale, hidden)
+    backend.add_column_sums(unweighted, scale, torch.empty(30528))
 
 
 def _exercise_groups(backend: TritonBackend) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels.backends.registry import Backend
-from rd_kernels.backends.triton_launcher import Launcher
+from rd_kernels.backends.triton_linear import TritonLinear
 
 __all__ = ["RowConfig", "TritonBackend"]
 
@@ -43,8 +43,9 @@ _GROUP_TILES = {16: 128, 64: 32}
 _CHUNKS = 64  # chunks that group_totals adds in one step
 
 
-class TritonBackend(Launcher, Backend):
+class TritonBackend(TritonLinear, Backend):
     name = "triton"
+    on_gpu = True
     _architecture = "hip" if torch.version.hip else "cuda"
 
     def missing(self) -> str | None:
