@@ -183,9 +183,22 @@ def backward(
 
     with torch.autocast(hidden.device.type, enabled=False):
         if layout.stored:
-            block = slice(0, layout.stored)
-            stored_scale = scale[block] if stored.factor.numel() == 0 else scale[block] * stored.factor
-            accumulate(block, stored.unweighted, stored_scale)
+            block, kept_scale = slice(0, layout.stored), scale[: layout.stored]
+            if layout.fused:  # a weight of 0 wins over a factor of NaN
+                kept_scale = torch.where(kept_scale == 0, 0, kept_scale * stored.factor)
+            if layout.fused and filter_eps > 0:
+                grad_some, grad_weight_some = backend.filtered_gradients(
+                    stored.unweighted, stored.tile_sums, labels[block], kept_scale, rows[block], weight, filter_eps,
+                    (needs[0], needs[1]),
+                )  # fmt: skip
+                if grad_rows is not None:
+                    grad_rows[block] = grad_some
+                if grad_weight is not None:
+                    grad_weight.copy_(grad_weight_some)
+                if grad_bias is not None:
+                    backend.add_column_sums(stored.unweighted, kept_scale, grad_bias)
+            else:
+                accumulate(block, stored.unweighted, kept_scale)
         for block, logits, whole in _recomputed(backend, rows, weight, bias, num_classes, layout):
             backend.row_backward(
                 None, None, logits, labels[block], normaliser[:, block], None, 0.0, ignore_index, out=logits

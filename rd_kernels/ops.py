@@ -257,7 +257,7 @@ def _linear_forward_fake(
     stride = leading_dimension(weight.shape[0], hidden.element_size())
     unweighted = hidden.new_empty_strided((stored, weight.shape[0]), (stride, 1))
     factor = results[0].new_empty(stored if fused else 0)
-    tiles = -(-weight.shape[0] // get(backend).tile_columns) if fused else 0
+    tiles = get(backend).tile_count(weight.shape[0], hidden.device) if fused else 0
     return *results, unweighted, factor, results[0].new_empty((tiles, stored if fused else 0))
 
 

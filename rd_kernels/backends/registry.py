@@ -128,6 +128,42 @@ class Backend:
             return out.mul_(column).masked_fill_(column == 0, 0)
         return out.copy_(torch.where(column == 0, 0, x * column))
 
+    def tile_count(self, vocabulary: int, device: torch.device) -> int:
+        """T, the number of tiles into which ``exponentials`` cuts this many entries."""
+        raise NotImplementedError
+
+    def exponentials(
+        self,
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [Vp, D]
+        bias: Tensor | None,  # [Vp]
+        labels: Tensor,  # [N]
+        ignore_index: int,
+        num_classes: int,  # V: entries from there on are padding
+        out: Tensor,  # [N, Vp] contiguous, overwritten with E
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Logits of the linear op, turned within their product into E, with diag(factor) E = softmax - onehot.
+
+        -> ``row_loss``, ``normaliser``, ``outcome`` as of ``row_forward``; ``factor`` [N] acc, 0 for a row that does
+        not count, NaN where its loss is; ``tile_sums`` [T, N] acc, which add up to 1 / factor. E is 0 in the padding
+        and in rows of factor 0 or NaN. Asked for only where ``fuses_logits``.
+        """
+        raise NotImplementedError
+
+    def filtered_gradients(
+        self,
+        exponentials: Tensor,  # [N, Vp]
+        tile_sums: Tensor,  # [T, N] acc
+        labels: Tensor,  # [N]
+        scale: Tensor,  # [N] acc: what multiplies E
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [Vp, D]
+        filter_eps: float,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """-> d hidden and d weight without the tiles of E that together weigh at most ``filter_eps`` of all of it."""
+        raise NotImplementedError
+
     def add_column_sums(self, x: Tensor, scale: Tensor, total: Tensor) -> None:
         """``total`` [V] acc += sum_i scale_i x_i for scale [N] acc and x [N, V], which is finite where it counts."""
         total.add_(torch.mv(x.t(), scale.to(x.dtype)))
