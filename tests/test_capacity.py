@@ -50,7 +50,8 @@ def test_against_float64(compacting, dtype, capacity):
         allowed = 4 * EPSILON[dtype] * float(truth.abs().max())
         assert (value - truth).abs().max() <= (plain - truth).abs().max() + allowed
     whole = run(hidden, weight, bias, labels, groups, None, compacting)
-    torch.testing.assert_close(q, whole[2])
+    # Beyond the capacity logits are not rounded to 16 bits.
+    torch.testing.assert_close(q, whole[2], rtol=EPSILON[dtype], atol=1e-6)
 
 
 def test_rows_without_a_label_take_no_part(compacting):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels.backends.native import NativeBackend, address, dtype_name
+from rd_kernels.backends.registry import Backend, get
 
 __all__ = ["CUDABackend"]
 
@@ -190,6 +191,19 @@ class CUDABackend(NativeBackend):
         out = torch.empty((index.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
         self._native.gather_rows(self._queue(x), self._matrix(x), index.data_ptr(), self._matrix(out))
         return out
+
+    # The rows beyond a capacity are Triton's, where it is installed: torch's way computes them where there are none.
+
+    def overflow_forward(self, *arguments):
+        return self._overflow.overflow_forward(*arguments)
+
+    def overflow_backward(self, *arguments):
+        self._overflow.overflow_backward(*arguments)
+
+    @functools.cached_property
+    def _overflow(self) -> Backend:
+        triton = get("triton")
+        return triton if triton.missing() is None else Backend()
 
     def _queue(self, tensor: Tensor) -> Any:
         """torch's current stream on the tensor's device."""

@@ -192,6 +192,91 @@ class Backend:
         picked = x.index_select(0, torch.where(inside, index, 0))
         return torch.where(inside[:, None], picked, 0)
 
+    def overflow_forward(
+        self,
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        labels: Tensor,  # [M]
+        ignore_index: int,
+        index: Tensor,  # [M] int64: rows of hidden, then -1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``row_forward``'s results [M] for hidden[index] @ weight.T + bias; an index of -1: an ignored row.
+
+        For the rows that ``compact`` left out. Here in blocks of at most 2^24 logits in acc, or one row, and with
+        a copy of the weight in acc; on a CPU only for the rows there are, elsewhere, unseen, for all M.
+        """
+        rows, acc = index.numel(), torch.promote_types(hidden.dtype, torch.float32)
+        row_loss, normaliser = weight.new_zeros(rows, dtype=acc), weight.new_zeros((2, rows), dtype=acc)
+        outcome = torch.full_like(index, IGNORED, dtype=torch.uint8)
+        labels = torch.where(index < 0, ignore_index, labels)
+        for block in self._overflow_blocks(index, weight.shape[0]):
+            logits = self._overflow_logits(hidden, weight, bias, index[block])
+            results = self.row_forward(logits, labels[block], None, 0.0, ignore_index)
+            row_loss[block], normaliser[:, block], outcome[block] = results
+        return row_loss, normaliser, outcome
+
+    def overflow_backward(
+        self,
+        scale: Tensor,  # [M] acc
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        labels: Tensor,  # [M]
+        normaliser: Tensor,  # [2, M] acc, unit stride along M
+        ignore_index: int,
+        index: Tensor,  # [M] int64: rows of hidden, then -1
+        grad_hidden: Tensor | None,  # [N, D], unit stride along D: overwritten at index
+        grad_weight: Tensor | None,  # [V, D], unit stride along D: added to
+        grad_bias: Tensor | None,  # [V] acc: added to
+    ) -> None:
+        """With U = softmax - onehot of those logits: diag(scale) U W, U^T diag(scale) H and U^T scale.
+
+        Summed in acc, rounded once. Rows of scale 0 or whose label does not count: 0, whatever U and H are. No
+        index but -1: nothing changes. Blocks as in ``overflow_forward``, and grad_weight's sum in acc.
+        """
+        if not (blocks := self._overflow_blocks(index, weight.shape[0])):
+            return
+        counted = (index >= 0) & (labels != ignore_index) & (labels >= 0) & (labels < weight.shape[0])
+        scale = torch.where(counted, scale, 0)
+        weight_sum = None if grad_weight is None else grad_weight.to(scale.dtype, copy=True)
+        bias_sum = None if grad_bias is None else grad_bias.clone()
+        with torch.autocast(hidden.device.type, enabled=False):
+            for block in blocks:
+                rows, factor, absent = index[block], scale[block], index[block, None] < 0
+                logits = self._overflow_logits(hidden, weight, bias, rows)
+                weighted = self.row_backward(  # diag(scale) U
+                    None, factor, logits, labels[block], normaliser[:, block], None, 0.0, ignore_index, logits
+                )
+                unused = factor[:, None] == 0  # what they are multiplied by may be NaN
+                if grad_hidden is not None:
+                    product = (weighted @ weight.to(scale.dtype)).masked_fill_(unused, 0).to(hidden.dtype)
+                    # An index of -1 repeats the block's first row, or, where that is one too, changes nothing.
+                    repeated = torch.where(absent[0], grad_hidden[0], product[0])
+                    places = torch.where(rows < 0, rows[:1].clamp(min=0), rows)
+                    grad_hidden.index_copy_(0, places, torch.where(absent, repeated, product))
+                if weight_sum is not None:
+                    states = self.gather_rows(hidden, rows).to(scale.dtype).masked_fill_(unused, 0)
+                    weight_sum.addmm_(weighted.t(), states)
+                if bias_sum is not None:
+                    bias_sum.add_(weighted.sum(dim=0))
+        for total, grad in ((weight_sum, grad_weight), (bias_sum, grad_bias)):
+            if total is not None and grad is not None:
+                grad.copy_(torch.where(index[0] < 0, grad, total.to(grad.dtype)))
+
+    def _overflow_blocks(self, index: Tensor, vocabulary: int) -> list[slice]:
+        """Of [M]: on a CPU up to the first -1, elsewhere, where looking would wait for the device, all."""
+        rows = int((index >= 0).sum()) if index.device.type == "cpu" else index.numel()
+        step = max(1, (1 << 24) // vocabulary)
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def _overflow_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+        """hidden[rows] @ weight.T + bias in acc."""
+        acc = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.gather_rows(hidden, rows).to(acc) @ weight.to(acc).t()
+            return logits if bias is None else logits.add_(bias.to(acc))
+
     def group_reduce(
         self, row_loss: Tensor, outcome: Tensor, groups: Tensor, num_groups: int
     ) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,9 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
-_OPTIONAL = ("grad_out", "row_scale", "class_weight", "smoothing", "adjustment")
+_OPTIONAL = (
+    "grad_out", "row_scale", "class_weight", "smoothing", "adjustment", "bias", "grad_weight", "grad_bias",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Variant:
         words: list[str] = []
         if self.has_rows:
             words.append(f"{dict(self.types)['logits'][1:]} V{'%16=0' if 'V' in self.divisible else ''}")
+        elif (operand := dict(self.types).get("hidden") or dict(self.types).get("x")) is not None:
+            words.append(f"{operand[1:]} D{'%16=0' if 'D' in self.divisible else ''}")
         words += [name for name, kind in self.types if name in _OPTIONAL and kind != "constexpr"]
         words += [f"{name}={value}" for name, value in self.constants if value is not None]
         return f"{self.kernel}({', '.join(words)})"
@@ -133,6 +137,7 @@ def variants(target: str, dtypes: Iterable[str], thorough: bool) -> list[Variant
         for name in dtypes:
             _exercise_rows(recorder, DTYPES[name], thorough)
             _exercise_linear(recorder, DTYPES[name], thorough)
+            _exercise_sparse(recorder, DTYPES[name], thorough)
         _exercise_groups(recorder)
     return list(recorder.recorded)
 
@@ -163,6 +168,32 @@ def _exercise_linear(backend: TritonBackend, dtype: torch.dtype, thorough: bool)
     scale = torch.empty(rows)
     backend.scale_rows(hidden, scale, hidden)
     backend.add_column_sums(unweighted, scale, torch.empty(30528))
+
+
+def _exercise_sparse(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
+    rows, vocabulary, beyond = 2458, 30522, 1843
+    labels = torch.empty(rows, dtype=torch.int64)
+    index, scale, normaliser = labels[:beyond], torch.empty(beyond), torch.empty(2, beyond)
+    backend.compact(labels, -100, rows - beyond)
+    for width in (768, 1020) if thorough else (768,):
+        hidden, weight = torch.empty(rows, width, dtype=dtype), torch.empty(vocabulary, width, dtype=dtype)
+        backend.gather_rows(hidden, index)
+        for bias, grad_bias in ((weight[:, 0], torch.empty(vocabulary)), (None, None)):
+            backend.overflow_forward(hidden, weight, bias, index, -100, index)
+            for grad_weight in (weight, None) if thorough and grad_bias is not None else (weight,):
+                backend.overflow_backward(
+                    scale,
+                    hidden,
+                    weight,
+                    bias,
+                    index,
+                    normaliser,
+                    -100,
+                    index,
+                    hidden,
+                    grad_weight,
+                    grad_bias,
+                )
 
 
 def _exercise_groups(backend: TritonBackend) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rd_kernels.backends.registry import Backend
 from rd_kernels.backends.triton_linear import TritonLinear
+from rd_kernels.backends.triton_sparse import TritonSparse
 
 __all__ = ["RowConfig", "TritonBackend"]
 
@@ -43,7 +44,7 @@ _GROUP_TILES = {16: 128, 64: 32}
 _CHUNKS = 64  # chunks that group_totals adds in one step
 
 
-class TritonBackend(TritonLinear, Backend):
+class TritonBackend(TritonLinear, TritonSparse, Backend):
     name = "triton"
     on_gpu = True
     _architecture = "hip" if torch.version.hip else "cuda"

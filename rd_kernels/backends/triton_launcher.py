@@ -17,6 +17,7 @@ COMPILER_OPTIONS = {"enable_fp_fusion": True}
 _MODULES = (
     "triton_kernels",
     "triton_linear_kernels",
+    "triton_sparse_kernels",
 )  # those that hold kernels; importing them imports triton
 
 
