@@ -76,10 +76,10 @@ def test_what_cannot_be_had_raises_as_the_call_does(monkeypatch):
     for ask in (registry.select, lambda name, logits: rd.backends.explain(logits, name)):
         with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot serve this call: .*float64"):
             ask("cpu", logits)
-        with pytest.raises(ValueError, match="argument backend must be one of .* got 'gpu'"):
+        with pytest.raises(ValueError, match=r"argument backend must be one of .* got 'gpu'"):
             ask("gpu", logits)
         monkeypatch.setenv("RD_KERNELS_BACKEND", "gpu")
-        with pytest.raises(ValueError, match="RD_KERNELS_BACKEND must be one of .* got 'gpu'"):
+        with pytest.raises(ValueError, match=r"RD_KERNELS_BACKEND must be one of .* got 'gpu'"):
             ask("auto", logits)
         monkeypatch.delenv("RD_KERNELS_BACKEND")
 

@@ -13,7 +13,6 @@ import importlib
 import os
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
