@@ -227,7 +227,7 @@ def grouped_loss(
     flat_groups = canonical_groups(groups, leading, q.shape[0])
     rows = _rows(logits, "logits")
     _check_inplace(inplace_backward, rows, "logits")
-    name = select(backend, rows)
+    name = select(backend, rows, q.shape[0])
     rule = (objective.rule, objective.rate, adjustment)
     ranks = distributed.world_size(process_group)
     if ranks is None:
@@ -283,7 +283,7 @@ def linear_grouped_loss(
     flat_labels = canonical_labels(labels, leading)
     flat_groups = canonical_groups(groups, leading, q.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1])
-    name = select(backend, rows)
+    name = select(backend, rows, q.shape[0])
     on_gpu, fused = linear_form(name, rows.dtype)
     height = leading_dimension(num_classes, rows.element_size()) if on_gpu else num_classes
     weight = _decoder_rows(weight, height, rows.dtype)

@@ -9,7 +9,7 @@ import platform
 import torch
 
 import rd_kernels
-from rd_kernels.backends.registry import ENVIRONMENT_VARIABLE, available, select
+from rd_kernels.backends.registry import ENVIRONMENT_VARIABLE, available, explain
 
 __all__ = ["describe"]
 
@@ -35,11 +35,18 @@ def describe() -> str:
     lines.append(
         f"{ENVIRONMENT_VARIABLE}={forced}" if forced else f"{ENVIRONMENT_VARIABLE} is not set (auto)"
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        chosen = select("auto", torch.empty((1, 1), dtype=dtype, device=device))
-        lines.append(f"  auto on {device}, {str(dtype).removeprefix('torch.')}: {chosen}")
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            lines.append(f"  auto on {device}, {str(dtype).removeprefix('torch.')}: {_chosen(device, dtype)}")
     return "\n".join(lines)
+
+
+def _chosen(device: str, dtype: torch.dtype) -> str:
+    try:
+        choice = explain(torch.empty((1, 1), dtype=dtype, device=device).expand(1024, 30522))
+    except (RuntimeError, ValueError) as error:  # what the environment variable asks for cannot be had
+        return str(error)
+    return f"{choice.name}, {choice.reason}"
 
 
 def _version(package: str) -> str:

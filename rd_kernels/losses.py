@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +44,27 @@ class CrossEntropyLoss(nn.Module):
         )  # fmt: skip
 
 
+@dataclass(eq=False)
+class _FirstRun:
+    """A call that activation checkpointing may run again in the backward, and q as it was before."""
+
+    q: Tensor  # [G]
+    labels: Tensor
+    groups: Tensor
+    repeated: (
+        bool  # a call for the same labels and groups waits for its backward too: which is meant is not known
+    )
+    run_again: bool = False
+
+    def was_of(self, labels: Tensor, groups: Tensor) -> bool:
+        """Whether it had these very tensors, or views of them as reentrant checkpointing makes; never waits."""
+        pairs = (self.labels, labels), (self.groups, groups)
+        return all(
+            a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+            for a, b in pairs
+        )
+
+
 class _GroupLoss(nn.Module):
     """The group weights q, their names, and the statistics of the last call."""
 
@@ -75,13 +97,52 @@ class _GroupLoss(nn.Module):
         self.group_names = names
         self.process_group = process_group
         self.backend = backend
-        self.register_buffer("group_weights", torch.full((num_groups,), 1 / num_groups))
+        uniform = torch.full(
+            (num_groups,), 1 / num_groups, dtype=torch.float32
+        )  # whatever torch's default is
+        self.register_buffer("group_weights", uniform)
         self.register_buffer("_adjustment", objective.adjustment_for(num_groups), persistent=False)
         self._last: tuple[Tensor, Tensor, int] | None = None  # stats, status, V of the last call
+        self._first_run: _FirstRun | None = None
 
-    def _state(self) -> Tensor:
-        """q for this call: the buffer itself while training, a copy that is thrown away in eval mode."""
-        return self.group_weights if self.training else self.group_weights.clone()
+    def _state(self, labels: Tensor, groups: Tensor) -> Tensor:
+        """q for this call: the buffer itself while training, a copy that is thrown away in eval mode, and in what
+        activation checkpointing runs again a copy of what q was at first: the same coefficients, and no second step.
+        """
+        if not self.training:
+            return self.group_weights.clone()
+        if torch.compiler.is_compiling():
+            return self.group_weights
+        first = self._first_run
+        if first is not None and torch._C._current_graph_task_id() != -1:  # a backward is running
+            if first.repeated or not first.was_of(labels, groups):
+                raise RuntimeError(
+                    f"activation checkpointing runs this {type(self).__name__} again, and the group weights that it "
+                    "had for this batch are gone: it was called again before the backward, or labels or groups are "
+                    "made inside the checkpointed function. Call the loss outside of that function"
+                )
+            first.run_again = True
+            return first.q.clone()
+        # Checkpointing's first run is without gradients (reentrant) or has hooks on what autograd saves.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if hooked or not torch.is_grad_enabled():
+            repeated = first is not None and not first.run_again and first.was_of(labels, groups)
+            self._first_run = _FirstRun(self.group_weights.clone(), labels, groups, repeated)
+        return self.group_weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_first_run": None}  # what is copied or saved is not in mid-backward
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _GroupLoss:
+        """The buffers move with ``.to(device)`` but stay float32 whatever ``.half()`` or ``.to(dtype)`` asks: a step
+        of q is often smaller than what 16 bits can hold."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def _keep(self, result: functional.Grouped) -> Tensor:
         self._last = (result.stats, result.status, result.num_classes)
@@ -140,8 +201,8 @@ class GroupDROLoss(_GroupLoss):
     def forward(self, logits: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
         return self._keep(
             functional.grouped_loss(
-                logits, labels, groups, self._state(), self.objective, self._adjustment, self.ignore_index,
-                self.process_group, self.inplace_backward, self.backend,
+                logits, labels, groups, self._state(labels, groups), self.objective, self._adjustment,
+                self.ignore_index, self.process_group, self.inplace_backward, self.backend,
             )
         )  # fmt: skip
 
@@ -180,8 +241,8 @@ class LinearGroupDROLoss(_GroupLoss):
     ) -> Tensor:
         return self._keep(
             functional.linear_grouped_loss(
-                hidden, weight, bias, labels, groups, self._state(), self.objective, self._adjustment,
-                self.ignore_index, self.memory_budget, self.process_group, self.backend, self.filter_eps,
-                self.capacity,
+                hidden, weight, bias, labels, groups, self._state(labels, groups), self.objective,
+                self._adjustment, self.ignore_index, self.memory_budget, self.process_group, self.backend,
+                self.filter_eps, self.capacity,
             )
         )  # fmt: skip

@@ -358,10 +358,18 @@ reduce_and_update = _register(
 )
 
 
-def _refuse_second_order() -> None:
+def _refuse_other_backwards(grad_out: Tensor) -> None:
+    """RuntimeError for a backward that is not the plain one: of second order, or of many gradients at once."""
+    if torch.compiler.is_compiling():
+        return
     # once_differentiable would let a gradient penalty through silently: it looks at grad_out alone.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         raise RuntimeError("rd_kernels losses have no second derivative: create_graph=True is not supported")
+    if torch._C._functorch.is_legacy_batchedtensor(grad_out):
+        raise RuntimeError(
+            "rd_kernels losses have no batched backward: is_grads_batched=True and vectorize=True are not "
+            "supported, use a loop over torch.autograd.grad"
+        )
 
 
 class RowsLoss(torch.autograd.Function):
@@ -395,7 +403,7 @@ class RowsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_order()
+        _refuse_other_backwards(grad_out)
         logits, scale, divisor, labels, normaliser, class_weight = ctx.saved_tensors
         if divisor is not None:
             grad_out = grad_out / divisor
@@ -469,7 +477,7 @@ class LinearRowsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_order()
+        _refuse_other_backwards(grad_out)
         hidden, weight, bias, *saved = ctx.saved_tensors
         row_scale, unweighted, factor, tile_sums, normaliser, labels, index, position = saved
         needs = list(ctx.needs_input_grad[:3])
