@@ -191,9 +191,9 @@ def backward(
                     stored.unweighted, stored.tile_sums, labels[block], kept_scale, rows[block], weight, filter_eps,
                     (needs[0], needs[1]),
                 )  # fmt: skip
-                if grad_rows is not None:
+                if grad_rows is not None and grad_some is not None:
                     grad_rows[block] = grad_some
-                if grad_weight is not None:
+                if grad_weight is not None and grad_weight_some is not None:
                     grad_weight.copy_(grad_weight_some)
                 if grad_bias is not None:
                     backend.add_column_sums(stored.unweighted, kept_scale, grad_bias)
