@@ -269,7 +269,13 @@ def test_whole_op_is_the_gradient_of_the_weighted_group_means(kernels, masked):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("rows", "count", "objective"),
-    [(1, 1, "erm"), (130, 14, "group_dro"), (33, 15, "group_dro_hold"), (20, 62, "erm"), (9, 63, "group_dro")],
+    [
+        (1, 1, "erm"),
+        (130, 14, "group_dro"),
+        (33, 15, "group_dro_hold"),
+        (20, 62, "erm"),
+        (9, 63, "group_dro"),
+    ],
 )
 def test_one_launch_gives_the_bits_of_several(kernels, masked, rows, count, objective):
     """Whatever the number of rows in a chunk and of groups in a tile; and again: the counters are left as found."""

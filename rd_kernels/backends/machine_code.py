@@ -33,7 +33,7 @@ class Cost:
     local: int
     loads: dict[int, int]
     stores: dict[int, int]
-    mma: int
+    mma: int = 0
 
 
 def nvidia_costs(

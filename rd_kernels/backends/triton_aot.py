@@ -27,7 +27,19 @@ from rd_kernels.backends.triton_backend import FUSED_GROUPS, TritonBackend
 from rd_kernels.backends.triton_configs import TABLE as CONFIGS
 from rd_kernels.backends.triton_launcher import COMPILER_OPTIONS
 
-__all__ = ["DTYPES", "TARGETS", "Cost", "Variant", "measure", "regressions", "variants"]
+__all__ = [
+    "COST_TABLE",
+    "DTYPES",
+    "TARGETS",
+    "UPDATE",
+    "Cost",
+    "Variant",
+    "from_table",
+    "measure",
+    "regressions",
+    "to_table",
+    "variants",
+]
 
 # name -> Triton's backend, architecture, threads in a warp
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -40,7 +52,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What is compiled unless dtypes are named, and stands in the table: each dtype somewhere, two minutes in all.
 _USUAL = {"sm_80": ("bf16",), "sm_90": ("bf16", "fp32"), "sm_100": ("bf16",), "gfx942": ("bf16", "fp16")}
 COST_TABLE = Path(__file__).parents[2] / "tests" / "triton_costs.json"
-_UPDATE = "TRITON_INTERPRET= python -m rd_kernels.backends.triton_aot --update"
+UPDATE = "TRITON_INTERPRET= python -m rd_kernels.backends.triton_aot --update"
 _POINTERS = {
     **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
     torch.int64: "*i64",
@@ -188,10 +200,11 @@ def _exercise_rows(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -
 
 def _exercise_softmax(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
     labels, _ = _targets(_ROWS)
-    for limit in sorted(
-        {entry.vocabulary for entry in CONFIGS if entry.kernel == "softmax_minus_onehot"} - {None}
-    ):
-        vocabulary = limit - 6  # type: ignore[operator]
+    limits = {
+        entry.vocabulary for entry in CONFIGS if entry.kernel == "softmax_minus_onehot" and entry.vocabulary
+    }
+    for limit in sorted(limits):
+        vocabulary = limit - 6
         # The linear op pads its rows to 64 bytes; anyone else's may begin anywhere.
         strides = (limit, vocabulary) if thorough or vocabulary > 30000 else (limit,)
         for stride in strides:
@@ -282,7 +295,7 @@ def regressions(costs: Iterable[Cost], table: dict[str, Any], version: str) -> l
     that the table does not have, or that is gone. With another version of triton than the table's only spills, stacks
     and the width of the widest accesses are compared.
     """
-    old = {(cost.target, cost.variant): cost for cost in _from_table(table)}
+    old = {(cost.target, cost.variant): cost for cost in from_table(table)}
     new = {(cost.target, cost.variant): cost for cost in costs}
     same_compiler = version == table["triton"]
     found = []
@@ -316,7 +329,7 @@ def _row(cost: Cost | None) -> str:
     return "-" if cost is None else next(_table([cost], header=False))
 
 
-def _to_table(costs: Iterable[Cost], version: str) -> str:
+def to_table(costs: Iterable[Cost], version: str) -> str:
     """JSON, a line for each variant, sorted."""
     ordered = sorted(costs, key=lambda cost: (cost.target, cost.variant))
     lines = ",\n".join(json.dumps(list(dataclasses.astuple(cost))) for cost in ordered)
@@ -324,7 +337,8 @@ def _to_table(costs: Iterable[Cost], version: str) -> str:
     return f'{{"triton": "{version}", "fields": {fields}, "costs": [\n{lines}\n]}}\n'
 
 
-def _from_table(table: dict[str, Any]) -> Iterator[Cost]:
+def from_table(table: dict[str, Any]) -> Iterator[Cost]:
+    """What ``to_table`` wrote, parsed as JSON."""
     for row in table["costs"]:
         cost = Cost(*row)
         accesses = (
@@ -378,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(line, flush=True)
     import triton
 
-    written = _to_table(costs, triton.__version__)
+    written = to_table(costs, triton.__version__)
     for path in [options.json] * bool(options.json) + [COST_TABLE] * options.update:
         path.write_text(written)
     return int(any(cost.spills or cost.stack for cost in costs))
