@@ -39,11 +39,13 @@ def group_dro_update(
     Returns: coefficients c [G] = q_g / n_g (0 for an absent group); new q [G]; the groups' weights (new q).
     A group absent from the batch keeps its q up to normalisation, or, with ``hold``, keeps it: then the groups
     present share what they had together. q is kept where no group is present or a mean loss is not finite, so
-    that one bad batch does not destroy the state.
+    that one bad batch does not destroy the state. In float64, rounded once: step_size times a loss may exceed
+    what float32 holds.
     """
+    given, (sums, counts, q) = q, (each.double() for each in (sums, counts, q))
     present = counts > 0
     means = sums / counts.clamp(min=1)
-    gain = means if adjustment is None else means + adjustment.to(means.dtype)
+    gain = means if adjustment is None else means + adjustment.double()
     log_q = torch.log(q) + torch.where(present, step_size * gain, torch.zeros_like(gain))
     usable = present.any() & torch.isfinite(means).all()
     if hold:
@@ -53,8 +55,8 @@ def group_dro_update(
         updated = torch.where(present, shared * torch.softmax(log_q, dim=0), q)
     else:
         updated = torch.softmax(log_q, dim=0)
-    q = torch.where(usable, updated, q)
-    coefficients = torch.where(present, q / counts.clamp(min=1), torch.zeros_like(q))
+    q = torch.where(usable, updated.to(given.dtype), given)
+    coefficients = torch.where(present, q / counts.clamp(min=1), 0).to(given.dtype)
     return coefficients, q, q
 
 

@@ -23,7 +23,8 @@ Access = tuple[str, int]  # "loads" or "stores", width in bits
 class Cost:
     """Of one kernel. ``local``, ``stack``: bytes per thread of local memory (AMD's spills: registers).
 
-    ``loads``, ``stores``: width in bits -> how many global ones there are inside loops, or inside the hot ones.
+    ``loads``, ``stores``: width in bits -> how many global ones there are inside loops, or inside the hot ones;
+    in a kernel without loops, everywhere. ``mma``: how many instructions for the tensor cores there are.
     """
 
     kernel: str
@@ -32,6 +33,7 @@ class Cost:
     local: int
     loads: dict[int, int]
     stores: dict[int, int]
+    mma: int = 0
 
 
 def nvidia_costs(
@@ -39,15 +41,16 @@ def nvidia_costs(
 ) -> Iterator[Cost]:
     """Of every kernel in a cubin, or in a library for one ``architecture`` ("sm_90a").
 
-    ``hot``: only the innermost loops with this instruction count. Without ``with_loops`` accesses are left out:
-    disassembling takes longer than compiling.
+    ``hot``: only the innermost loops with this instruction count. Without ``with_loops`` accesses and ``mma`` are left
+    out: disassembling takes longer than compiling.
     """
     usage = _cuobjdump(*_choice(architecture), "--dump-resource-usage", binary)
     listings = nvidia_listings(binary, architecture) if with_loops else {}
     for name, numbers in re.findall(r"Function (\S+?):\s*\n\s*(REG:.*)", usage):
         counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", numbers)}
         accesses = _nvidia_accesses(listings[name], hot) if with_loops else {"loads": {}, "stores": {}}
-        yield Cost(name, counts["REG"], counts["STACK"], counts["LOCAL"], **accesses)
+        mma = len(re.findall(r"\b[A-Z0-9]+MMA\b", listings[name])) if with_loops else 0
+        yield Cost(name, counts["REG"], counts["STACK"], counts["LOCAL"], **accesses, mma=mma)
 
 
 def nvidia_listings(binary: Path, architecture: str | None = None) -> dict[str, str]:
@@ -77,6 +80,7 @@ def amd_cost(name: str, assembly: str, with_loops: bool = True) -> Cost:
         counts["private_segment_fixed_size"],
         counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
         **_loop_accesses(lines, jumps, _amd_access),
+        mma=len(re.findall(r"\bv_s?mfma", assembly)),
     )
 
 
@@ -133,6 +137,8 @@ def _loop_accesses(
     if hot is not None:
         inner = [loop for loop in loops if not any(_encloses(loop, other) for other in loops)]
         loops = [loop for loop in inner if any(hot in lines[place] for place in loop)]
+    elif not loops:
+        loops = [range(len(lines))]
     counts = {"loads": collections.Counter[int](), "stores": collections.Counter[int]()}
     for place in {place for loop in loops for place in loop}:
         if (access := access_of(lines[place])) is not None:

@@ -7,47 +7,37 @@ asked for with TRITON_INTERPRET=1 before Python starts. Letters: N rows, V vocab
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rd_kernels.backends.registry import Backend
+from rd_kernels.backends.triton_configs import Config, architecture_of, choose
 from rd_kernels.backends.triton_linear import TritonLinear
 from rd_kernels.backends.triton_sparse import TritonSparse
 
-__all__ = ["RowConfig", "TritonBackend"]
+__all__ = ["TritonBackend"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_TRITON = (3, 6)
 _OLDEST_NVIDIA = (8, 0)  # compute capability, Triton's own limit
 
-
-@dataclass(frozen=True)
-class RowConfig:
-    """How a row kernel is shaped: columns per step, and the warps that share them."""
-
-    block: int
-    warps: int
-
-
-# By architecture, no tuning at run time. 16 columns per thread and step: two 16-byte loads in flight for a
-# 2-byte dtype, and few enough registers that several rows are resident on a multiprocessor.
-_LONG_ROW = {
-    "cuda": RowConfig(block=4096, warps=8),
-    "hip": RowConfig(block=2048, warps=4),  # a warp has 64 threads there
-}
-_SHORT_ROW = RowConfig(block=1024, warps=2)
-
-# Columns -> rows of a tile in the group kernels. Few groups are the rule: they get tall tiles.
-_GROUP_TILES = {16: 128, 64: 32}
-_CHUNKS = 64  # chunks that group_totals adds in one step
+# The most groups that a forward takes along: they and "ungrouped" and "all" are one tile of the last program. More
+# are summed faster by programs of their own, a tile each.
+FUSED_GROUPS = 62
+# The rows that one program sums: grows with N so that there are at most _CHUNKS sums of chunks for the last program.
+_CHUNK_ROWS, _CHUNKS = 128, 256
+_UPDATE_BLOCK = 256  # groups that the objective treats at a time
 
 
 class TritonBackend(TritonLinear, TritonSparse, Backend):
     name = "triton"
     on_gpu = True
-    _architecture = "hip" if torch.version.hip else "cuda"
+
+    def __init__(self) -> None:
+        # The counters by which programs find out that they are the last, zero between kernels: one set for each
+        # stream, because kernels of different streams run at the same time.
+        self._counters: dict[tuple[torch.device, int], Tensor] = {}
 
     def missing(self) -> str | None:
         try:
@@ -81,16 +71,14 @@ class TritonBackend(TritonLinear, TritonSparse, Backend):
 
     def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index):
         rows, vocabulary = logits.shape
-        row_loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        normaliser = torch.empty((2, rows), dtype=torch.float32, device=logits.device)
-        outcome = torch.empty(rows, dtype=torch.uint8, device=logits.device)
+        row_loss, normaliser, outcome = _row_results(rows, logits.device)
         smoothing, weight_sum = _smoothing_arguments(class_weight, label_smoothing)
         self._launch(
             "row_forward",
             (rows,),
             (logits, labels, class_weight, weight_sum, row_loss, normaliser, outcome),
             (logits.stride(0), normaliser.stride(0), vocabulary, ignore_index, smoothing),
-            **self._row_options(logits),
+            **self._row_options("row_forward", logits),
         )
         return row_loss, normaliser, outcome
 
@@ -118,73 +106,162 @@ class TritonBackend(TritonLinear, TritonSparse, Backend):
             (grad_out, row_scale, logits, labels, normaliser, class_weight, weight_sum, out),
             (*strides, vocabulary, ignore_index, smoothing),
             SAME_STRIDE=logits.stride(0) == out.stride(0),
-            **self._row_options(logits),
+            **self._row_options("row_backward", logits),
         )
         return out
 
+    def softmax_minus_onehot_(self, logits, labels, ignore_index):
+        rows, vocabulary = logits.shape
+        config = self._config("softmax_minus_onehot", logits)
+        if config is None:  # a row is too long for a program's registers
+            return super().softmax_minus_onehot_(logits, labels, ignore_index)
+        row_loss, normaliser, outcome = _row_results(rows, logits.device)
+        self._launch(
+            "softmax_minus_onehot",
+            (rows,),
+            (logits, labels, row_loss, normaliser, outcome),
+            (logits.stride(0), normaliser.stride(0), vocabulary, ignore_index),
+            **_options(config),
+        )
+        return row_loss, normaliser, outcome
+
+    def grouped_forward(self, logits, labels, groups, q, objective, step_size, adjustment, ignore_index):
+        (rows, vocabulary), num_groups, device = logits.shape, q.numel(), logits.device
+        # Triton's barrier does not wait for stores on AMD (the machine code has no s_waitcnt vmcnt before it): a
+        # program that announces itself there may do so before all its threads' stores are under way.
+        amd = self._architecture_of(device).startswith("gfx")
+        if rows == 0 or num_groups > FUSED_GROUPS or amd:
+            return super().grouped_forward(
+                logits, labels, groups, q, objective, step_size, adjustment, ignore_index
+            )
+        row_loss, normaliser, outcome = _row_results(rows, device)
+        chunk_rows, partials, bad = _chunk_sums(rows, num_groups, device)
+        scratch = (partials, bad, self._zeros(1 + len(bad), device))
+        stats, status, loss, coefficients = results = _group_results(num_groups, device)
+        strides = (logits.stride(0), normaliser.stride(0))
+        self._launch(
+            "grouped_forward",
+            (rows,),
+            (logits, labels, groups, q, adjustment, row_loss, normaliser, outcome, *scratch, *results),
+            (*strides, vocabulary, ignore_index, chunk_rows, num_groups, float(step_size)),
+            OBJECTIVE=objective,
+            IS_MASK=groups.dtype == torch.bool,
+            BLOCK=_update_block(num_groups),
+            **_group_tile(num_groups),
+            **self._row_options("row_forward", logits),
+        )
+        return loss, stats, status, self.row_scale(coefficients, outcome, groups), normaliser
+
     def group_reduce(self, row_loss, outcome, groups, num_groups):
         rows, device = row_loss.numel(), row_loss.device
-        height, width = _group_tile(num_groups)
-        chunks, tiles = _ceil_div(rows, height), _ceil_div(num_groups + 2, width)
-        partials = torch.empty((chunks, 3, num_groups + 2), dtype=torch.float32, device=device)
-        bad = torch.empty((chunks, 2), dtype=torch.int32, device=device)
+        tile = _group_tile(num_groups)
+        tiles = _ceil_div(num_groups + 2, tile["COLUMNS"])
+        chunk_rows, partials, bad = _chunk_sums(rows, num_groups, device)
         self._launch(
             "group_partials",
-            (chunks, tiles),
+            (len(bad), tiles),
             (row_loss, outcome, groups, partials, bad),
-            (rows, num_groups),
+            (chunk_rows, rows, num_groups),
             IS_MASK=groups.dtype == torch.bool,
-            ROWS=height,
-            COLUMNS=width,
+            ROWS=tile["ROWS"],
+            COLUMNS=tile["COLUMNS"],
         )
-        stats = torch.empty((4, num_groups + 2), dtype=torch.float32, device=device)
-        status = torch.empty(2, dtype=torch.int64, device=device)
+        stats, status, _, _ = _group_results(num_groups, device)
         self._launch(
             "group_totals",
             (tiles, 4),
             (partials, bad, stats, status),
-            (chunks, num_groups),
-            CHUNKS=_CHUNKS,
-            COLUMNS=width,
+            (len(bad), num_groups),
+            CHUNKS=tile["CHUNKS"],
+            COLUMNS=tile["COLUMNS"],
         )
         return stats, status
 
     def group_update(self, stats, status, q, objective, step_size, adjustment):
-        num_groups = q.numel()
-        loss = torch.empty((), dtype=torch.float32, device=stats.device)
-        coefficients = torch.empty(num_groups, dtype=torch.float32, device=stats.device)
-        block = max(16, _power_of_two(num_groups))
+        _, _, loss, coefficients = _group_results(q.numel(), q.device)
         self._launch(
             "group_update",
             (1,),
             (stats, status, q, adjustment, loss, coefficients),
-            (num_groups, float(step_size)),
-            num_warps=min(16, max(4, block // 256)),
+            (q.numel(), float(step_size)),
             OBJECTIVE=objective,
-            BLOCK=block,
+            BLOCK=_update_block(q.numel()),
         )
         return loss, coefficients
 
     def row_scale(self, coefficients, outcome, groups):
         rows, num_groups = outcome.numel(), coefficients.numel()
-        height, width = _group_tile(num_groups)
+        tile = _group_tile(num_groups)
         scale = torch.empty(rows, dtype=torch.float32, device=coefficients.device)
         self._launch(
             "row_scale",
-            (_ceil_div(rows, height),),
+            (_ceil_div(rows, tile["ROWS"]),),
             (coefficients, outcome, groups, scale),
             (rows, num_groups),
             IS_MASK=groups.dtype == torch.bool,
-            ROWS=height,
-            COLUMNS=width,
+            ROWS=tile["ROWS"],
+            COLUMNS=tile["COLUMNS"],
         )
         return scale
 
-    def _row_options(self, logits: Tensor) -> dict[str, int]:
-        """The shape of a row kernel: a step's columns as lanes of 16-byte pieces."""
-        config = _SHORT_ROW if logits.shape[1] <= _SHORT_ROW.block else _LONG_ROW[self._architecture]
-        wide = 16 // logits.element_size()
-        return {"num_warps": config.warps, "LANES": config.block // wide, "WIDE": wide}
+    def _config(self, kernel: str, logits: Tensor) -> Config | None:
+        architecture = self._architecture_of(logits.device)
+        return choose(kernel, architecture, logits.element_size(), logits.shape[1])
+
+    def _row_options(self, kernel: str, logits: Tensor) -> dict[str, int]:
+        config = self._config(kernel, logits)
+        assert config is not None, "the table serves every vocabulary"
+        return _options(config)
+
+    def _architecture_of(self, device: torch.device) -> str:
+        return architecture_of(device)
+
+    def _zeros(self, size: int, device: torch.device) -> Tensor:
+        """``size`` int32 counters that are 0 now, and that the kernel leaves so."""
+        stream = 0
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                # A graph may run at the same time as the stream it was captured on, so it has its own.
+                return torch.zeros(size, dtype=torch.int32, device=device)
+            stream = torch.cuda.current_stream(device).cuda_stream
+        counters = self._counters.get((device, stream))
+        if counters is None or counters.numel() < size:
+            counters = torch.zeros(max(1024, 2 * size), dtype=torch.int32, device=device)
+            self._counters[device, stream] = counters
+        return counters
+
+
+def _options(config: Config) -> dict[str, int]:
+    """The shape of a row kernel: columns as lanes of 16-byte pieces."""
+    wide = 16 // config.itemsize
+    return {"num_warps": config.warps, "LANES": config.block // wide, "WIDE": wide}
+
+
+def _row_results(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """-> row_loss [N], normaliser [2, N], outcome [N], not written"""
+    return (
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty((2, rows), dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.uint8, device=device),
+    )
+
+
+def _group_results(num_groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> stats [4, G+2], status [2], loss [], coefficients [G], not written"""
+    return (
+        torch.empty((4, num_groups + 2), dtype=torch.float32, device=device),
+        torch.empty(2, dtype=torch.int64, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+        torch.empty(num_groups, dtype=torch.float32, device=device),
+    )
+
+
+def _chunk_sums(rows: int, num_groups: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
+    """-> rows of a chunk, and where its sums go: partials [chunks, 3, G+2], bad [chunks, 2]"""
+    chunk_rows = max(_CHUNK_ROWS, _power_of_two(_ceil_div(rows, _CHUNKS)))
+    chunks = _ceil_div(rows, chunk_rows)
+    partials = torch.empty((chunks, 3, num_groups + 2), dtype=torch.float32, device=device)
+    return chunk_rows, partials, torch.empty((chunks, 2), dtype=torch.int32, device=device)
 
 
 def _smoothing_arguments(
@@ -196,10 +273,15 @@ def _smoothing_arguments(
     return float(label_smoothing), None if class_weight is None else class_weight.sum()
 
 
-def _group_tile(num_groups: int) -> tuple[int, int]:
-    """-> rows, columns of a tile for G groups and the columns "ungrouped" and "all"."""
-    width = 16 if num_groups + 2 <= 16 else 64
-    return _GROUP_TILES[width], width
+def _group_tile(num_groups: int) -> dict[str, int]:
+    """A tile of the group kernels: rows or chunks by columns, which are the G groups, "ungrouped" and "all"."""
+    if num_groups + 2 <= 16:  # few groups are the rule: they get tall tiles
+        return {"ROWS": 32, "CHUNKS": 32, "COLUMNS": 16}
+    return {"ROWS": 16, "CHUNKS": 16, "COLUMNS": 64}
+
+
+def _update_block(num_groups: int) -> int:
+    return min(_UPDATE_BLOCK, max(16, _power_of_two(num_groups)))
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -208,4 +290,4 @@ def _ceil_div(a: int, b: int) -> int:
 
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
+    return 1 << max(0, n - 1).bit_length()

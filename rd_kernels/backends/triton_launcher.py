@@ -16,6 +16,7 @@ __all__ = ["COMPILER_OPTIONS", "Launcher"]
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 _MODULES = (
     "triton_kernels",
+    "triton_group_kernels",
     "triton_linear_kernels",
     "triton_sparse_kernels",
 )  # those that hold kernels; importing them imports triton
