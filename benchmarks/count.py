@@ -104,8 +104,8 @@ def main() -> int:
         return 2
     sizes = options.rows, options.vocabulary
     logits = LogitsCase(*sizes, "bf16").inputs("cpu")
-    for peer in (Ours(), OursInPlace()):
-        counts = count(lambda peer=on("triton", peer): peer.step(logits))
+    for peer in (on("triton", Ours()), on("triton", OursInPlace())):
+        counts = count(lambda peer=peer: peer.step(logits))
         print("\n".join(lines(f"logits op, {peer.name}", counts, *sizes)))
     linear = LinearCase(options.rows, options.width, options.vocabulary, "bf16").inputs("cpu")
     for stored in (1.0, 0.5):

@@ -101,7 +101,8 @@ def group_dro(row_losses: Tensor, ids: Tensor, q: Tensor) -> Tensor:
 def fastest(candidates: Mapping[str, Callable[[], Result]]) -> Step:
     """Run each to warm it, then for the clock (a fast one several times); the note says which won."""
     if len(candidates) == 1:
-        return Step(*[(run, name) for name, run in candidates.items()][0])
+        name, run = next(iter(candidates.items()))
+        return Step(run, name)
     seconds = {}
     for name, run in candidates.items():
         run()

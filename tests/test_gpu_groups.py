@@ -6,7 +6,6 @@ The oracles are loops over rows, the update as its authors published it, and tor
 import pytest
 import torch
 
-from rd_kernels.backends.registry import Backend, get
 from tests.gpu_oracles import (
     BAD_LABEL,
     HIT,
@@ -172,22 +171,6 @@ def test_group_dro_does_not_overflow(kernels):
     assert loss == 700
 
 
-@pytest.mark.parametrize("objective", ["group_dro", "group_dro_hold"])
-@pytest.mark.parametrize("step_size", [0.3, 3e30, 1e38, 1e150])
-def test_any_step_size_as_in_the_reference(kernels, objective, step_size):
-    """step_size times a loss may exceed what float32 holds: q is no NaN."""
-    sums, counts = [40.0, 8.0, 0.0, 2e9, 40.0], [4.0, 2.0, 0.0, 1e8, 4.0]
-    results = []
-    for backend in (get("reference"), kernels):
-        stats, status = make_stats(sums, counts)
-        q = torch.tensor([0.1, 0.3, 0.2, 0.2, 0.2])
-        loss, coefficients = backend.group_update(stats, status, q, objective, step_size, None)
-        results.append((loss, coefficients, q, stats[3]))
-    assert results[0][2].isfinite().all()
-    for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=2.0**-22, atol=0)
-
-
 def test_erm_is_the_mean_over_rows(kernels):
     stats, status = make_stats([6.0, 0.0, 1.0], [3.0, 0.0, 2.0])
     q = torch.tensor([0.2, 0.3, 0.5])
@@ -264,51 +247,3 @@ def test_whole_op_is_the_gradient_of_the_weighted_group_means(kernels, masked):
     torch.testing.assert_close(q.double(), weights, rtol=1e-6, atol=0)
     torch.testing.assert_close(stats[1, :count].tolist(), [float(rows_of.sum()) for rows_of in inside])
     torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rows", "count"), [(1, 1), (127, 3), (300, 14), (300, 15), (129, 62), (40, 63)])
-@pytest.mark.parametrize("objective", ["erm", "group_dro", "group_dro_hold"])
-def test_one_launch_gives_the_bits_of_several(kernels, masked, rows, count, objective):
-    """Whatever the number of rows in a chunk and of groups in a tile; and again: the counters are left as found."""
-    logits, labels = make(rows, 40, torch.float32)
-    labels[2::5], labels[3::50] = IGNORE, 40
-    _, _, groups = make_groups(rows, count, masked)
-    if not masked:
-        groups[1::60] = count
-    adjustment = torch.rand(count)
-    start = torch.softmax(torch.randn(count), 0)
-    options = (objective, 0.3, adjustment, IGNORE)
-    q = start.clone()
-    expected = (*Backend.grouped_forward(kernels, logits, labels, groups, q, *options), q)
-    for _ in range(2):
-        q = start.clone()
-        actual = (*kernels.grouped_forward(logits, labels, groups, q, *options), q)
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-def test_rows_of_a_valid_batch_in_one_launch(kernels):
-    """As above, without the bad labels and ids that hide the loss."""
-    logits, labels = make(260, 40, torch.bfloat16)
-    groups, q = torch.randint(-1, 3, (260,)), torch.full((3,), 1 / 3)
-    separate = q.clone()
-    expected = Backend.grouped_forward(
-        kernels, logits, labels, groups, separate, "group_dro", 0.3, None, IGNORE
-    )
-    actual = kernels.grouped_forward(logits, labels, groups, q, "group_dro", 0.3, None, IGNORE)
-    assert actual[0].isfinite()
-    assert all(torch.equal(a, b) for a, b in zip((*actual, q), (*expected, separate), strict=True))
-
-
-def test_many_groups_update_in_turns(kernels):
-    """More than the objective treats at a time."""
-    count = 700
-    sums, counts = torch.rand(count) * 9, torch.randint(0, 3, (count,)).float()
-    q = torch.softmax(torch.randn(count), 0)
-    new_q, coefficients, loss = published_update(sums, counts, q, 0.5, torch.zeros(count))
-    stats, status = make_stats(sums.tolist(), counts.tolist())
-    actual_loss, actual = kernels.group_update(stats, status, q, "group_dro", 0.5, None)
-    torch.testing.assert_close(q.double().cpu(), new_q, rtol=1e-6, atol=0)
-    torch.testing.assert_close(actual.double().cpu(), coefficients, rtol=1e-6, atol=0)
-    torch.testing.assert_close(actual_loss.double().cpu(), loss, rtol=1e-6, atol=0)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from rd_kernels.backends.registry import Backend
 from tests.gpu_oracles import (
     BAD_LABEL,
     HIT,
@@ -293,54 +292,6 @@ def test_softmax_minus_onehot(kernels, dtype):
     # Half a unit in the last place of the result, the rounding of z - max in float32, and that of p - 1.
     bound = (torch.finfo(dtype).eps / 2 + 2.0**-19) * expected.abs() + 2.0**-23
     assert ((logits.double() - expected).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("vocabulary", "stride", "first"),
-    [
-        (1, 1, 0),
-        (5, 8, 3),
-        (127, 127, 1),
-        (2048, 2048, 0),
-        (2051, 2080, 0),
-        (30522, 30528, 0),
-        (40000, 40000, 0),
-    ],
-)
-def test_softmax_minus_onehot_of_any_row(kernels, dtype, vocabulary, stride, first):
-    """Rows that begin anywhere, end inside a 16-byte piece, are shorter than one; nothing beside them changes."""
-    rows = 3 if vocabulary < 30000 else 2
-    memory = torch.full((rows * stride + first,), 7.0, dtype=dtype)
-    logits = memory.as_strided((rows, vocabulary), (stride, 1), first)
-    values, labels = make(rows, vocabulary, dtype)
-    logits.copy_(values)
-    labels[0] = vocabulary - 1
-    results = kernels.softmax_minus_onehot_(logits, labels, IGNORE)
-    expected = kernels.row_forward(values, labels, None, 0.0, IGNORE)
-    for a, b in zip(results, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2.0**-21, atol=2.0**-21)
-    eager, truth = (gradient(values, labels, torch.ones(rows), t) for t in (torch.float32, torch.float64))
-    assert_as_good_as_eager(logits, eager, truth)
-    logits.fill_(7.0)
-    assert (memory == 7).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_softmax_minus_onehot_of_non_finite_logits(kernels, dtype):
-    """NaN where the loss is: as the two kernels that it stands for."""
-    inf, nan = float("inf"), float("nan")
-    logits, labels = make(9, 300, dtype)
-    labels[:] = 3
-    logits[0, 100], logits[1, 100], logits[2, 3], logits[3], logits[4, 3] = nan, inf, inf, -inf, -inf
-    logits[5, 50:], logits[6] = -inf, nan
-    labels[6], labels[7] = IGNORE, 300
-    apart = logits.clone()
-    expected = Backend.softmax_minus_onehot_(kernels, apart, labels, IGNORE)
-    results = kernels.softmax_minus_onehot_(logits, labels, IGNORE)
-    for a, b in zip(results, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2.0**-21, atol=2.0**-21, equal_nan=True)
-    torch.testing.assert_close(logits, apart, rtol=torch.finfo(dtype).eps, atol=2.0**-22, equal_nan=True)
 
 
 @pytest.mark.slow
