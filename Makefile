@@ -66,10 +66,10 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_ARGS   ?=
 GPU_STAMP  := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 
-gpu-check: $(GPU_STAMP) ## on a machine with a GPU: build, tests, sanitizers, benchmark; logs in .gpu-check/
+gpu-check: $(GPU_STAMP) ## on a machine with a GPU: build, tests, sanitizers, benchmarks; logs in .gpu-check/
 	$(GPU_PYTHON) -m tools.gpu_check $(GPU_ARGS)
 
-bench-gpu: $(GPU_STAMP) ## on a machine with a GPU: time the logits op beside its peers (8 min)
+bench-gpu: $(GPU_STAMP) ## on a machine with a GPU: time both ops and a BERT step beside their peers (25 min)
 	PYTHONPATH=.:python $(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 # What an earlier build left would be packed again; docs/building.md has the variables of the build.

@@ -129,7 +129,8 @@ class Contest:
         if peer.overwrites:
             self._restore()
         step = peer.build(inputs)
-        verdict = gate.judge(self._from_start(inputs, step.run), exact, eager, peer.ours)
+        result = self._from_start(inputs, step.run)
+        verdict = gate.judge(result, exact, eager, peer.ours, self.case.products, len(inputs.ids))
         row.error = str(verdict)
         if not verdict.passed:
             raise Rejected(row.error, failed=True)

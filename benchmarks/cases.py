@@ -1,8 +1,8 @@
 """What is timed on: a case names a problem and makes its seeded inputs. Letters: N rows, V vocabulary, D hidden,
 G groups.
 
-Another kind of case is another frozen dataclass with ``name``, ``rows``, ``gate_rows``, ``inputs`` and ``exact``, and
-inputs with ``leaves``, ``q``, ``cross_entropy`` and ``head``: the harness asks for nothing else.
+Another kind of case is another frozen dataclass with ``name``, ``rows``, ``gate_rows``, ``products``, ``inputs`` and ``exact``, and
+inputs with ``leaves``, ``ids``, ``q``, ``cross_entropy`` and ``head``: the harness asks for nothing else.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class LogitsCase:
     dtype: str = "fp32"
     groups: int = 8
 
+    products = None
+
     @property
     def name(self) -> str:
         return f"logits N={self.rows} V={self.vocabulary} {self.dtype}"
@@ -118,6 +120,11 @@ class LinearCase:
     def name(self) -> str:
         bias = "" if self.bias else " no bias"
         return f"linear N={self.rows} D={self.hidden} V={self.vocabulary} {self.dtype}{bias}"
+
+    @property
+    def products(self) -> torch.dtype | None:
+        """The 16-bit dtype that products are rounded to, if any: see gate.py."""
+        return None if self.dtype == "fp32" else DTYPES[self.dtype]
 
     @property
     def gate_rows(self) -> int:

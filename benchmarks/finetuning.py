@@ -1,12 +1,13 @@
 """A fine-tuning step of a BERT with Group DRO: the case, and who takes the step. Weights are random, which costs the same.
 
 The gate runs on a few sequences without dropout, since no two implementations draw alike; what is timed has the
-dropout of training. Letters: B sequences, T tokens, M labelled positions, G groups.
+dropout of training. Letters: B sequences, T tokens, M labelled positions, D hidden, V vocabulary, G groups.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rd_kernels as rd
-from benchmarks.cases import STEP_SIZE, LogitsInputs, Result, exact_rows
-from benchmarks.peers import Peer, Step
+from benchmarks import others
+from benchmarks.cases import STEP_SIZE, LinearInputs, LogitsInputs, Result, exact_rows
+from benchmarks.peers import Eager, Ours, Peer, Step, plain
 
-TOKENS = 128
 LABELLED = 0.15  # of the positions
 FIRST_WORD, MASK = 1000, 103  # in BERT's vocabulary
 
@@ -32,6 +33,10 @@ class StepInputs:
     q: Tensor  # [G]
     optimizer: torch.optim.Optimizer | None = None
     dropout: bool = True
+    bf16: bool = False  # autocast
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.token_ids.device.type, torch.bfloat16, enabled=self.bf16)
 
     @property
     def attention_mask(self) -> Tensor:  # [B, T]; no padding
@@ -43,16 +48,34 @@ class StepInputs:
         return tuple(p for name, p in self.model.named_parameters() if not name.endswith("key.bias"))
 
     @property
+    def row_groups(self) -> Tensor:
+        """[B T]"""
+        return self.groups.repeat_interleave(self.token_ids.shape[1])
+
+    @property
     def ids(self) -> Tensor:
         """[M], the groups of the labelled positions"""
-        return self.groups.repeat_interleave(TOKENS)[self.labels.flatten() != -100]
+        return self.row_groups[self.labels.flatten() != -100]
 
     def cross_entropy(self, reduction: str) -> Tensor:
         """As one takes it of Transformers' model: logits at all positions; [M] if not reduced."""
-        logits = self.model(self.token_ids, attention_mask=self.attention_mask).logits.flatten(0, 1)
         labels = self.labels.flatten()
-        losses = F.cross_entropy(logits, labels, reduction=reduction)
+        with self.autocast():
+            logits = self.model(self.token_ids, attention_mask=self.attention_mask).logits.flatten(0, 1)
+            losses = F.cross_entropy(logits, labels, reduction=reduction)
         return losses if losses.dim() == 0 else losses[labels != -100]
+
+    def decoder_inputs(self) -> LinearInputs:
+        """The labelled rows of what the decoder is applied to; all in the dtype of the products."""
+        labels = self.labels.flatten()
+        labelled = labels != -100
+        head = self.model.cls.predictions
+        with self.autocast():
+            encoded = self.model.bert(self.token_ids, attention_mask=self.attention_mask).last_hidden_state
+            hidden = head.transform(encoded.flatten(0, 1)[labelled])
+        dtype = torch.bfloat16 if self.bf16 else hidden.dtype
+        operands = (tensor.to(dtype) for tensor in (hidden, head.decoder.weight, head.decoder.bias))
+        return LinearInputs(*operands, labels[labelled], self.ids, self.q)
 
     def head(self, rows: int) -> StepInputs:
         self.model.eval()
@@ -64,7 +87,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepCase:
-    """Forward and backward of B x 128 tokens, 15% of them labelled; with AdamW (fused) if ``optimizer``."""
+    """Forward and backward of B x T tokens, 15% of them labelled; with AdamW (fused) if ``optimizer``."""
 
     title: str
     layers: int
@@ -73,17 +96,29 @@ class StepCase:
     rows: int  # B
     optimizer: bool = False
     groups: int = 4
+    length: int = 128  # T
+    dtype: str = "fp32"  # "bf16": autocast
+    vocabulary: int = 30522
 
     gate_rows = 2
 
     @property
     def name(self) -> str:
         step = "training step" if self.optimizer else "forward, backward"
-        return f"{self.title} {self.layers}x{self.width}, {self.rows}x{TOKENS} tokens, {step}"
+        return f"{self.size}, {step}"
+
+    @property
+    def size(self) -> str:
+        bf16 = " bf16" if self.dtype == "bf16" else ""
+        return f"{self.title} {self.layers}x{self.width}, {self.rows}x{self.length} tokens{bf16}"
+
+    @property
+    def products(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.dtype == "bf16" else None
 
     @property
     def tokens(self) -> int:
-        return self.rows * TOKENS
+        return self.rows * self.length
 
     def inputs(self, device: str) -> StepInputs:
         from transformers import BertConfig, BertForMaskedLM
@@ -92,12 +127,13 @@ class StepCase:
         config = BertConfig(
             num_hidden_layers=self.layers, hidden_size=self.width, num_attention_heads=self.heads,
             intermediate_size=4 * self.width, attn_implementation="sdpa",
+            max_position_embeddings=max(512, self.length), vocab_size=self.vocabulary,
         )  # fmt: skip
         model = BertForMaskedLM(config).to(device)
         # A rate of 0 costs what another does, and leaves the weights that the gate's expectation belongs to.
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if self.optimizer else None
         generator = torch.Generator().manual_seed(0)
-        words = torch.randint(FIRST_WORD, config.vocab_size, (self.rows, TOKENS), generator=generator)
+        words = torch.randint(FIRST_WORD, config.vocab_size, (self.rows, self.length), generator=generator)
         chosen = torch.rand(words.shape, generator=generator) < LABELLED
         return StepInputs(
             model,
@@ -106,6 +142,7 @@ class StepCase:
             (torch.arange(self.rows) % self.groups).to(device),
             torch.full((self.groups,), 1 / self.groups, device=device),
             optimizer,
+            bf16=self.dtype == "bf16",
         )
 
     def exact(self, inputs: StepInputs, groups: bool) -> Result:
@@ -119,41 +156,98 @@ class StepCase:
         return Result(loss, torch.autograd.grad(logits, leaves, gradient), q)
 
 
+class Encoded(torch.nn.Module):
+    """In the place of an encoder: random hidden states, whatever the tokens are."""
+
+    def __init__(self, rows: int, length: int, width: int):
+        super().__init__()
+        self.states = torch.nn.Parameter(torch.randn(rows, length, width))  # [B, T, D]
+        self.encoder = torch.nn.Module()
+        self.encoder.layer = torch.nn.ModuleList([torch.nn.Identity()])  # where an adapter looks for layers
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=self.states[: len(input_ids)])
+
+
+@dataclass(frozen=True)
+class HeadCase(StepCase):
+    """The head and the loss alone, forward and backward, on random hidden states."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}, head alone"
+
+    def inputs(self, device: str) -> StepInputs:
+        inputs = super().inputs(device)
+        inputs.model.bert = Encoded(self.rows, self.length, self.width).to(device)
+        return inputs
+
+
 class Training(Peer):
     """A step up to the point where the next one can begin: gradients are freed, as usual."""
 
-    devices = ("cpu",)
+    package = "transformers"
 
-    def step(self, inputs: StepInputs, *options: Any) -> Result:
+    def build(self, inputs: StepInputs) -> Step:
+        forward, backward = self.forward(inputs), self.backward(inputs)
+        return Step(lambda: backward(forward()))
+
+    def forward(self, inputs: StepInputs) -> Callable[[], Tensor]:
+        return self._in_training(inputs, lambda: self.loss(inputs))
+
+    def backward(self, inputs: StepInputs) -> Callable[[Tensor], Result]:
         if not inputs.dropout:
-            return super().step(inputs, *options)
-        inputs.model.train()
-        loss = self.loss(inputs, *options)
-        loss.backward()
-        if inputs.optimizer is not None:
-            inputs.optimizer.step()
-        inputs.model.zero_grad()
-        return Result(loss.detach(), (), inputs.q)
+            return super().backward(inputs)
+
+        def update(loss: Tensor) -> Result:
+            loss.backward()
+            if inputs.optimizer is not None:
+                inputs.optimizer.step()
+            inputs.model.zero_grad()
+            return Result(loss.detach(), (), inputs.q)
+
+        return update
+
+    def _in_training(self, inputs: StepInputs, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            if inputs.model.training != inputs.dropout:
+                inputs.model.train(inputs.dropout)
+            with inputs.autocast():
+                return loss()
+
+        return run
 
 
 class Transformers(Training):
     name = "transformers, eager Group DRO"
 
     def row_losses(self, inputs: StepInputs) -> Tensor:
-        return inputs.cross_entropy("none")
+        return inputs.cross_entropy("none" if self.groups else "mean")
 
 
-class TransformersGathered(Training):
-    """What takes one line more: labelled positions are picked before the head."""
+class TransformersMean(Transformers):
+    name = "transformers, plain mean"
+    groups = False
 
-    name = "transformers, labelled rows picked before the head"
+
+class PickedRows(Training):
+    """What takes one line more: labelled positions are picked before the head; then ``decoder`` is applied."""
+
+    def __init__(self, name: str, decoder: Peer):
+        self.name, self.decoder = name, decoder
+
+    def missing(self, device: str) -> str | None:
+        return super().missing(device) or self.decoder.missing(device)
 
     def row_losses(self, inputs: StepInputs) -> Tensor:
-        labels = inputs.labels.flatten()
-        labelled = labels != -100
-        encoded = inputs.model.bert(inputs.token_ids, attention_mask=inputs.attention_mask).last_hidden_state
-        logits = inputs.model.cls(encoded.flatten(0, 1)[labelled])
-        return F.cross_entropy(logits, labels[labelled], reduction="none")
+        return self.decoder.row_losses(inputs.decoder_inputs())
+
+
+class TransformersGathered(PickedRows):
+    def __init__(self) -> None:
+        super().__init__("transformers, labelled rows picked before the head", Eager())
 
 
 class TransformersCompiled(Training):
@@ -161,33 +255,32 @@ class TransformersCompiled(Training):
 
     name = "transformers, torch.compile"
 
-    def build(self, inputs: StepInputs) -> Step:
+    def forward(self, inputs: StepInputs) -> Callable[[], Tensor]:
         torch.compiler.reset()
 
         def loss(token_ids: Tensor, attention_mask: Tensor, labels: Tensor, ids: Tensor, q: Tensor) -> Tensor:
             logits = inputs.model(token_ids, attention_mask=attention_mask).logits.flatten(0, 1)
             # An index of unknown length would break the graph: other positions go to a group of their own.
             losses = F.cross_entropy(logits, labels, reduction="none")
-            sums = torch.zeros(len(q) + 1).index_add(0, ids, losses)[:-1]
-            counts = torch.zeros(len(q) + 1).index_add(0, ids, torch.ones_like(losses))[:-1]
+            zeros = torch.zeros(len(q) + 1, device=q.device)
+            sums = zeros.index_add(0, ids, losses)[:-1]
+            counts = zeros.index_add(0, ids, torch.ones_like(losses))[:-1]
             means = sums / counts.clamp(min=1)
             q.copy_(torch.softmax(q.log() + STEP_SIZE * means.detach(), 0))
             return torch.dot(q, means)
 
         compiled = torch.compile(loss, dynamic=False)
-        return Step(lambda: self.step(inputs, compiled))
-
-    def loss(self, inputs: StepInputs, compiled: Any) -> Tensor:
         labels = inputs.labels.flatten()
-        ids = torch.where(labels == -100, len(inputs.q), inputs.groups.repeat_interleave(TOKENS))
-        return compiled(inputs.token_ids, inputs.attention_mask, labels, ids, inputs.q)
+        ids = torch.where(labels == -100, len(inputs.q), inputs.row_groups)
+        mask = inputs.attention_mask
+        return self._in_training(inputs, lambda: compiled(inputs.token_ids, mask, labels, ids, inputs.q))
 
 
-class OursTraining(Training):
+class OursTraining(Training, Ours):
     """As ``robustdebias finetune`` takes it."""
 
     name = "robustdebias"
-    ours = True
+    function = staticmethod(rd.functional.linear_group_dro_cross_entropy)
 
     def loss(self, inputs: StepInputs) -> Tensor:
         from robustdebias.modeling import masked_lm_inputs
@@ -199,12 +292,27 @@ class OursTraining(Training):
             "groups": F.one_hot(inputs.groups, len(inputs.q)).bool(),
         }
         rows = masked_lm_inputs(inputs.model, batch)
-        return rd.functional.linear_group_dro_cross_entropy(
-            rows.hidden,
-            rows.weight,
-            rows.labels,
-            rows.groups,
-            inputs.q,
-            rd.GroupDRO(STEP_SIZE),
-            bias=rows.bias,
-        )
+        return self.function(
+            rows.hidden, rows.weight, rows.labels, rows.groups, inputs.q, self.objective, bias=rows.bias,
+            backend=self.backend, **self.options,
+        )  # fmt: skip
+
+
+class OursTrainingERM(OursTraining):
+    name = "robustdebias, ERM"
+    groups = False
+    objective = rd.ERM()
+
+
+# Other projects' linear losses in the same place.
+PICKED = tuple(
+    PickedRows(f"transformers with {peer.name}", peer)
+    for peer in (others.LigerLinear(), others.CutCrossEntropy(), others.CutCrossEntropyFiltered())
+)
+PICKED_MEAN = (
+    plain(TransformersGathered()),
+    *(
+        plain(PickedRows(f"transformers with {peer.name}", plain(peer)))
+        for peer in (others.LigerLinear(), others.CutCrossEntropy())
+    ),
+)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, LinearInputs, LogitsInputs, Result
 from benchmarks.peers import Peer, Step, fastest
+from rd_kernels.gemm import leading_dimension
 
 
 class Floor(Peer):
@@ -35,6 +36,13 @@ class FreshFloor(Floor):
 
         return Step(run)
 
+    def forward(self, inputs: LogitsInputs) -> Callable[[], Tensor]:
+        return lambda: read(inputs.logits.detach())
+
+    def backward(self, inputs: LogitsInputs) -> Callable[[Tensor], Result]:
+        # A target that is kept would be as large as the logits.
+        return lambda total: Result(total, (inputs.logits.detach().clone(),))
+
 
 class InPlaceFloor(Floor):
     name = "floor: read, read and write in place"
@@ -43,6 +51,12 @@ class InPlaceFloor(Floor):
     def build(self, inputs: LogitsInputs) -> Step:
         logits = inputs.logits.detach()
         return Step(lambda: Result(read(logits), (logits.neg_(),)))
+
+    def forward(self, inputs: LogitsInputs) -> Callable[[], Tensor]:
+        return lambda: read(inputs.logits.detach())
+
+    def backward(self, inputs: LogitsInputs) -> Callable[[Tensor], Result]:
+        return lambda total: Result(total, (inputs.logits.detach().neg_(),))
 
 
 class ThreeGemms(Floor):
@@ -70,6 +84,26 @@ class ThreeGemms(Floor):
         if weight.dtype == torch.float32:
             return Step(as_they_are)
         return fastest({"as they are": as_they_are, "in float32": in_float32})
+
+    def forward(self, inputs: LinearInputs) -> Callable[[], Tensor]:
+        """For a GPU: rows of logits start at a cache line, without which cuBLAS has slower kernels only."""
+        hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+        rows, vocabulary = hidden.shape[0], weight.shape[0]
+        logits = hidden.new_empty((rows, leading_dimension(vocabulary, hidden.element_size())))[
+            :, :vocabulary
+        ]
+        return lambda: torch.mm(hidden, weight.T, out=logits)
+
+    def backward(self, inputs: LinearInputs) -> Callable[[Tensor], Result]:
+        hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+        gradients = torch.empty_like(hidden), torch.empty_like(weight)
+
+        def run(logits: Tensor) -> Result:
+            torch.mm(logits, weight, out=gradients[0])
+            torch.mm(logits.T, hidden, out=gradients[1])
+            return Result(logits[0, 0], gradients)
+
+        return run
 
 
 def read(tensor: Tensor) -> Tensor:

@@ -63,9 +63,9 @@ def load() -> float | None:
 
 
 def file_name(description: dict) -> str:
-    """Where a result belongs: ``cpu-<model>-<cores>cores.json`` or ``cuda-<gpu>.json``."""
+    """Where a result belongs: ``cpu-<model>-<cores>cores.json`` or ``cuda-<gpu>-<suites>.json``."""
     if description["device"] == "cuda":
-        return f"cuda-{_slug(description['gpu'])}.json"
+        return f"cuda-{_slug(description['gpu'])}-{_slug(description['suites'])}.json"
     return f"cpu-{_slug(description['cpu'])}-{description['cores']}cores.json"
 
 

@@ -4,16 +4,18 @@ correct gradients for weighted rows, which the gate checks on the spot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import LinearCase, LinearInputs, LogitsInputs, Result
-from benchmarks.peers import Peer, Step, fastest
+from benchmarks.cases import LinearInputs, LogitsInputs
+from benchmarks.peers import Peer, Step, fastest, plain
 
 
 class TorchLinear(Peer):
@@ -27,11 +29,23 @@ class TorchLinear(Peer):
         return super().missing(device) if there else f"torch {torch.__version__} does not have it"
 
     def build(self, inputs: LinearInputs) -> Step:
-        return Step(self._with_options(inputs), self.note)
+        return self._chosen(inputs)[0]
 
-    def _with_options(self, inputs: LinearInputs, **options: Any) -> Callable[[], Result]:
-        chunks = torch.nn.LinearCrossEntropyOptions(**options)
-        return partial(self.step, inputs, chunks)
+    def forward(self, inputs: LinearInputs) -> Callable[[], Tensor]:
+        chunks = self._chosen(inputs)[1]
+        return lambda: self.loss(inputs, chunks)
+
+    def _chosen(self, inputs: LinearInputs) -> tuple[Step, Any]:
+        """-> the fastest of ``candidates``, and its options."""
+        candidates = {
+            name: torch.nn.LinearCrossEntropyOptions(**options)
+            for name, options in self.candidates(inputs.hidden.shape[0]).items()
+        }
+        best = fastest({name: partial(self.step, inputs, chunks) for name, chunks in candidates.items()})
+        return Step(best.run, f"{best.note}; {self.note}"), candidates[best.note]
+
+    def candidates(self, rows: int) -> dict[str, dict[str, Any]]:
+        return {"auto": {}}
 
     def row_losses(self, inputs: LinearInputs, chunks: Any) -> Tensor:
         return F.linear_cross_entropy(
@@ -43,16 +57,12 @@ class TorchLinear(Peer):
 class TorchLinearTuned(TorchLinear):
     name = "torch linear_cross_entropy, tuned chunks"
 
-    def build(self, inputs: LinearInputs) -> Step:
-        rows = inputs.hidden.shape[0]
-        sizes = sorted({min(size, rows) for size in (128, 512, 2048)})
+    def candidates(self, rows: int) -> dict[str, dict[str, Any]]:
         # On a CPU every other policy multiplies 16-bit weight gradients in an emulated GEMM; auto knows that.
-        candidates = {
-            f"chunks of {size}": self._with_options(inputs, batch_chunk_size=size, chunking_method=None)
-            for size in sizes
+        return {
+            f"chunks of {size}": {"batch_chunk_size": size, "chunking_method": None}
+            for size in sorted({min(size, rows) for size in (128, 512, 2048, 8192)})
         }
-        best = fastest(candidates)
-        return Step(best.run, f"{best.note}; {self.note}")
 
 
 class TorchLinearMean(TorchLinearTuned):
@@ -131,24 +141,55 @@ class LigerLinear(Peer):
     def row_losses(self, inputs: LinearInputs) -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        fused = LigerFusedLinearCrossEntropyLoss(reduction="none")
+        fused = LigerFusedLinearCrossEntropyLoss(reduction="none" if self.groups else "mean")
         return fused(inputs.weight, inputs.hidden, inputs.labels, inputs.bias)
 
 
 class CutCrossEntropy(Peer):
+    """Without the gradient filter. The release on PyPI has no bias: there it is a column of the weight."""
+
     name = "cut-cross-entropy"
     devices = ("cuda",)
     package = "cut_cross_entropy"
-
-    def refuses(self, case: LinearCase) -> str | None:
-        return "the PyPI release has no bias" if case.bias else None
+    options: Mapping[str, Any] = MappingProxyType({"filter_eps": None})
 
     def row_losses(self, inputs: LinearInputs) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
-        return linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, reduction="none")
+        hidden, weight, options = inputs.hidden, inputs.weight, dict(self.options)
+        if inputs.bias is not None:
+            if "bias" in inspect.signature(linear_cross_entropy).parameters:
+                options["bias"] = inputs.bias
+            else:
+                hidden, weight = with_bias_column(hidden, weight, inputs.bias)
+        reduction = "none" if self.groups else "mean"
+        return linear_cross_entropy(hidden, weight, inputs.labels, reduction=reduction, **options)
+
+
+class CutCrossEntropyFiltered(CutCrossEntropy):
+    """As it comes: gradients below 2^-5 epsilon are left out, before any weight of a row is known."""
+
+    name = "cut-cross-entropy, filtered"
+    options = MappingProxyType({})
+
+
+def with_bias_column(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor,  # [V]
+    multiple: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """hidden [N, E] and weight [V, E] whose product includes the bias; E is a multiple, which kernels like."""
+    width = hidden.shape[1]
+    padding = -(width + 1) % multiple
+    ones = F.pad(hidden.new_ones(hidden.shape[0], 1), (0, padding))
+    return torch.cat([hidden, ones], 1), torch.cat([weight, F.pad(bias[:, None], (0, padding))], 1)
 
 
 LOGITS = (LigerLogits(), QuackLogits(), QuackInPlace(), FlashAttentionLogits(), FlashAttentionInPlace())
 LOGITS_MEAN = (LigerLogitsMean(), QuackMean(), FlashAttentionMean())
-LINEAR = (TorchLinear(), TorchLinearTuned(), TorchLinearMean(), LigerLinear(), CutCrossEntropy())
+LINEAR = (
+    TorchLinear(), TorchLinearTuned(), TorchLinearMean(), LigerLinear(), CutCrossEntropy(),
+    CutCrossEntropyFiltered(),
+)  # fmt: skip
+LINEAR_MEAN = (plain(LigerLinear()), plain(CutCrossEntropy()))

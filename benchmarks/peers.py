@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import rd_kernels as rd
-from benchmarks.cases import STEP_SIZE, LinearInputs, LogitsInputs, Result
+from benchmarks.cases import DTYPES, STEP_SIZE, LinearCase, LinearInputs, LogitsInputs, Result
 from rd_kernels.backends import registry
+from rd_kernels.linear import DEFAULT_MEMORY_BUDGET, plan
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Peer:
         """A call that computes the loss and updates ``inputs.q``, compiled if need be: its halves are timed apart."""
         return lambda: self.loss(inputs)
 
+    def backward(self, inputs: Any) -> Callable[[Any], Result]:
+        """The other half: it takes what the forward returned."""
+        return lambda loss: differentiated(loss, inputs, self.groups)
+
     def step(self, inputs: Any, *options: Any) -> Result:
         """Forward, update of ``inputs.q`` in place, backward. ``options``: what ``build`` chose."""
         return differentiated(self.loss(inputs, *options), inputs, self.groups)
@@ -95,6 +100,9 @@ def group_dro(row_losses: Tensor, ids: Tensor, q: Tensor) -> Tensor:
 
 def fastest(candidates: Mapping[str, Callable[[], Result]]) -> Step:
     """Run each to warm it, then for the clock (a fast one several times); the note says which won."""
+    if len(candidates) == 1:
+        name, run = next(iter(candidates.items()))
+        return Step(run, name)
     seconds = {}
     for name, run in candidates.items():
         run()
@@ -125,6 +133,13 @@ class EagerMean(Eager):
 
     def loss(self, inputs: Any) -> Tensor:
         return inputs.cross_entropy("mean")
+
+
+def plain(peer: Peer) -> Peer:
+    """``peer`` without Group DRO, for one whose row losses look at ``groups``: "X" becomes "X, plain mean"."""
+    averaged = copy.copy(peer)
+    averaged.name, averaged.groups = f"{peer.name}, plain mean", False
+    return averaged
 
 
 class Compiled(Eager):
@@ -158,11 +173,12 @@ class Ours(Peer):
     name = "rd_kernels"
     ours = True
     backend = "auto"
+    function: Callable[..., Tensor] = staticmethod(rd.functional.group_dro_cross_entropy)
     objective: rd.ERM | rd.GroupDRO = rd.GroupDRO(STEP_SIZE)
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})  # of ``function``; a version without one is left out
 
     def missing(self, device: str) -> str | None:
-        known = inspect.signature(rd.functional.group_dro_cross_entropy).parameters
+        known = inspect.signature(self.function).parameters
         unknown = [option for option in self.options if option not in known]
         if self.backend not in ("auto", *registry.BACKENDS):
             return f"this version has no backend {self.backend!r}"
@@ -171,7 +187,7 @@ class Ours(Peer):
         return f"this version has no {unknown[0]}" if unknown else super().missing(device)
 
     def loss(self, inputs: LogitsInputs) -> Tensor:
-        return rd.functional.group_dro_cross_entropy(
+        return self.function(
             inputs.logits, inputs.labels, inputs.ids, inputs.q, self.objective, backend=self.backend,
             **self.options,
         )  # fmt: skip
@@ -222,15 +238,38 @@ class OursERM(Ours):
 def on(backend: str, peer: Ours) -> Ours:
     """``peer`` by one of our backends; "rd_kernels, in place" becomes "rd_kernels cuda, in place"."""
     served = copy.copy(peer)
-    served.name, served.backend = peer.name.replace("rd_kernels", f"rd_kernels {backend}", 1), backend
+    name, comma, variant = peer.name.partition(",")
+    served.name, served.backend = f"{name} {backend}{comma}{variant}", backend
     return served
 
 
 class OursLinear(Ours):
     """With the default ``memory_budget``."""
 
+    function = staticmethod(rd.functional.linear_group_dro_cross_entropy)
+
     def loss(self, inputs: LinearInputs) -> Tensor:
-        return rd.functional.linear_group_dro_cross_entropy(
-            inputs.hidden, inputs.weight, inputs.labels, inputs.ids, inputs.q, rd.GroupDRO(STEP_SIZE),
+        return self.function(
+            inputs.hidden, inputs.weight, inputs.labels, inputs.ids, inputs.q, self.objective,
             bias=inputs.bias, backend=self.backend, **self.options,
         )  # fmt: skip
+
+
+class OursLinearERM(OursLinear):
+    """The plain mean over the rows, by the same op."""
+
+    name = "rd_kernels, ERM"
+    groups = False
+    objective = rd.ERM()
+
+
+class OursLinearStored(OursLinear):
+    """3 GEMMs where the default budget would compute rows again."""
+
+    name = "rd_kernels, all stored"
+    options = MappingProxyType({"memory_budget": 1 << 40})
+
+    def refuses(self, case: LinearCase) -> str | None:
+        itemsize = DTYPES[case.dtype].itemsize
+        stored, _ = plan(case.rows, case.vocabulary, case.hidden, itemsize, DEFAULT_MEMORY_BUDGET)
+        return "the default budget holds all rows" if stored == case.rows else None

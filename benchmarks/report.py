@@ -1,4 +1,4 @@
-"""Reads result files: ``python -m benchmarks.report table|plot|markdown|compare --help``."""
+"""Reads result files: ``python -m benchmarks.report table|plot|markdown|compare|goals --help``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import plots
+from benchmarks import goals, plots
 from benchmarks.machine import file_name
 from benchmarks.results import Row, Run, compare, load, ratio
 from benchmarks.tables import duration, run_lines
@@ -106,6 +106,16 @@ def compare_command(
     if regressions:
         typer.echo(f"{regressions} of {len(changes)} slower by more than {100 * tolerance:.0f}%, or gone")
         raise typer.Exit(1)
+
+
+@app.command(name="goals")
+def goals_command(
+    results: Annotated[
+        list[Path], typer.Argument(help="Result files of a GPU.", exists=True, dir_okay=False)
+    ],
+) -> None:
+    """What was aimed at on a GPU: met, missed, or not measured, in the worst case of these files."""
+    typer.echo("\n".join(goals.lines([load(path) for path in results])))
 
 
 def summary(run: Run) -> str:

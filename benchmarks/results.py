@@ -26,6 +26,7 @@ class Row:
     note: str = ""
     tokens: int | None = None  # of a step, where a step has tokens
     nbytes: int | None = None  # that an exact step reads and writes at least, where memory is what bounds it
+    flops: int | None = None  # of the matrix products that an exact step needs
     rejected: str = ""  # why it was not timed
     failed: bool = False  # rejected by the gate or by its own error; otherwise it is missing here
 

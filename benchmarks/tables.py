@@ -39,7 +39,15 @@ def case_lines(run: Run, case: str) -> list[str]:
 
 def _note(run: Run, row: Row) -> str:
     tokens = "" if row.tokens is None else f"{row.tokens / row.median:,.0f} tokens/s"
-    return ", ".join(filter(None, (tokens, bandwidth(run, row), row.note)))
+    return ", ".join(filter(None, (tokens, bandwidth(run, row), products(run, row), row.note)))
+
+
+def products(run: Run, row: Row) -> str:
+    """Of the FLOPs that an exact step needs, and as a share of the run's large product."""
+    if row.flops is None:
+        return ""
+    rate = row.flops / row.median / 1e12
+    return f"{rate:.0f} TFLOP/s, {rate / run.rates['GEMM bf16 TFLOP/s']:.0%} of a large GEMM"
 
 
 def bandwidth(run: Run, row: Row) -> str:

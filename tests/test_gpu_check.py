@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.suites import SUITES
 from rd_kernels.backends.registry import get
 from tools import gpu_check, sanitizer_calls
 from tools.gpu_check import Outcome, Step, check, main, missing, run, steps, table
@@ -70,14 +71,19 @@ def test_what_cannot_be_started_is_missing(tmp_path):
 
 def test_steps_name_files_that_exist_and_the_native_code_of_the_gpu(tmp_path):
     every = {step.name: step for step in steps("python3", tmp_path, "9.0")}
-    assert list(every) == ["describe", "build", "gpu tests", "suite", *gpu_check.SANITIZERS, "bench"]
+    benchmarks = [f"bench {suite}" for suite in SUITES]
+    assert list(every) == ["describe", "build", "gpu tests", "suite", *gpu_check.SANITIZERS, *benchmarks]
+    assert all(step.seconds <= 540 for step in every.values())
     assert every["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert gpu_check.architecture("8.0") == "8.0"
     (suite,) = every["suite"].commands
     files = [word for word in suite if word.endswith(".py")]
     assert len(files) >= 7
     assert all((gpu_check.ROOT / file).exists() for file in files)
-    assert str(tmp_path / "bench.json") in every["bench"].commands[0]
+    for suite, name in zip(SUITES, benchmarks, strict=True):
+        (command,) = every[name].commands
+        assert {suite, "{seconds}", str(tmp_path / f"bench-{suite}.json")} <= set(command)
+    assert every["bench step"].needs == (".transformers",)
     assert missing(Step("nothing", (), 1), sys.executable) == ""
 
 
@@ -108,8 +114,9 @@ def test_the_exit_status_is_0_only_if_everything_passed(tmp_path, monkeypatch, c
         assert main([*arguments, "--only", "build"]) == code
     with pytest.raises(SystemExit):
         main([*arguments, "--only", "biuld"])
-    assert main([*arguments, "--skip", "bench", "--list"]) == 0
-    assert "bench" not in capsys.readouterr().out.split("gpu tests")[-1].replace("benchmarks", "")
+    assert main([*arguments, "--skip", "bench linear", "bench step", "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in listed if "benchmarks.gpu" in line] == ["bench logits"]
 
 
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):

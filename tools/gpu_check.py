@@ -2,7 +2,8 @@
 
 A failed step does not stop the next ones. Exit status 0 only if every chosen step passed: what is missing here
 (a tool, a package) is reported as missing and is no pass. ``--only`` and ``--skip`` choose. Needs torch, a compiler and
-nvcc; pytest for the tests, hypothesis for some of them. benchmarks/README.md has the rest.
+nvcc; pytest for the tests, hypothesis for some of them; transformers for the benchmark of a training step.
+benchmarks/README.md has the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SUITE = (
     "triton_backend", "gpu_groups", "gpu_kernels", "cuda_kernels",
 )  # fmt: skip
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,mig.mode.current"
+BENCHMARKS = ("logits", "linear", "step")  # each fills a command's time: one at a time
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 DESCRIBE = "import torch; c = torch.cuda.get_device_capability(); print(f'{c[0]}.{c[1]}')"
 
@@ -106,10 +108,15 @@ def steps(python: str, out: Path, capability: str) -> list[Step]:
             )
             for name in SANITIZERS
         ),
-        Step(
-            "bench",
-            ((python, "-m", "benchmarks.gpu", "--result", str(out / "bench.json"), "--seconds", "{seconds}"),),
-            540,
+        *(
+            Step(
+                f"bench {suite}",
+                ((python, "-m", "benchmarks.gpu", "--suite", suite, "--seconds", "{seconds}",
+                  "--result", str(out / f"bench-{suite}.json")),),
+                540,
+                (".transformers",) if suite == "step" else (),
+            )
+            for suite in BENCHMARKS
         ),
     ]  # fmt: skip
 
@@ -193,8 +200,8 @@ def check(chosen: Sequence[Step], python: str, out: Path, seconds: float) -> lis
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    lines = [f"{'step':<12} {'status':<10} {'seconds':>8}  detail"]
-    lines += [f"{each.step:<12} {each.status:<10} {each.seconds:>8.1f}  {each.detail}" for each in outcomes]
+    lines = [f"{'step':<13} {'status':<10} {'seconds':>8}  detail"]
+    lines += [f"{each.step:<13} {each.status:<10} {each.seconds:>8.1f}  {each.detail}" for each in outcomes]
     return "\n".join(lines)
 
 
