@@ -12,7 +12,7 @@ from rd_kernels import distributed, ops
 from rd_kernels.backends.registry import linear_form, select
 from rd_kernels.gemm import leading_dimension
 from rd_kernels.groups import canonical_groups, canonical_labels, check_same_device
-from rd_kernels.linear import default_memory_budget, plan
+from rd_kernels.linear import default_memory_budget, mean_logit_order, plan
 from rd_kernels.objectives import GroupDRO, Objective
 
 __all__ = ["cross_entropy", "group_dro_cross_entropy", "linear_group_dro_cross_entropy"]
@@ -186,15 +186,18 @@ def linear_group_dro_cross_entropy(
             The host never learns how many there are. More of them than places are no error and lose nothing:
             those beyond are computed by kernels of their own, without a buffer and slower, which end at once where
             there are none. None: a place for every row. On a CPU, elsewhere, the labelled rows are simply picked.
-        filter_eps: None or 0: exact gradients. Above 0, on a CPU: the backward leaves out rows and vocabulary
-            entries, the lightest first, that hold at most this share of C = sum_ij |r_i U_ij|, with
-            U = softmax - onehot and r_i the row's weight in the gradient. Then the errors' norms, added up over
-            the rows of hidden's gradient, are at most filter_eps C max_j |weight_j|, and over the rows of
-            weight's gradient at most filter_eps C max_i |hidden_i|; C <= 2 sum_i |r_i|, which is at most
-            2 |grad_out| where no row is in two groups. The loss, the group weights and bias's gradient stay exact.
+        filter_eps: None or 0: exact gradients. Above 0 the backward leaves out what is lightest in
+            C = sum_ij |r_i U_ij|, with U = softmax - onehot and r_i the row's weight in the gradient, and holds at
+            most this share of it: rows and vocabulary entries on a CPU; on a GPU tiles of the two, the vocabulary
+            sorted by mean logit (backend "triton", bfloat16 and float16, nothing waits for the device). Then the
+            errors' norms, added up over the rows of hidden's gradient, are at most filter_eps C max_j |weight_j|,
+            and over the rows of weight's gradient at most filter_eps C max_i |hidden_i|; C <= 2 sum_i |r_i|, which
+            is at most 2 |grad_out| where no row is in two groups. The loss, the group weights and bias's gradient
+            stay exact. Rows that are recomputed, and those beyond a capacity, stay whole on a GPU.
 
     Raises: as there, and ValueError for shapes of hidden, weight and bias that do not fit, a budget below
-    one row, a capacity below one row, a filter_eps outside [0, 1), or one above 0 for tensors that are not on a CPU.
+    one row, a capacity below one row, a filter_eps outside [0, 1), or one above 0 on a GPU
+    for another backend or dtype than the above.
     """
     adjustment = _adjustment(objective, group_weights)
     return linear_grouped_loss(
@@ -266,11 +269,6 @@ def linear_grouped_loss(
     """The linear op with its statistics; arguments as in :func:`linear_group_dro_cross_entropy`."""
     device = hidden.device
     epsilon = check_filter_eps(filter_eps)
-    if epsilon > 0 and device.type != "cpu":
-        raise ValueError(
-            f"filter_eps = {filter_eps} serves CPU tensors only, not {device}: what it leaves out is chosen by "
-            "values, and a GPU would have to wait for them"
-        )
     _check_group_weights(q)
     check_same_device(
         "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, group_weights=q
@@ -284,10 +282,20 @@ def linear_grouped_loss(
     flat_groups = canonical_groups(groups, leading, q.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1])
     name = select(backend, rows, q.shape[0])
-    on_gpu, fused = linear_form(name, rows.dtype)
+    on_gpu, fusable, preferred = linear_form(name, rows.dtype)
+    filtered_tiles = on_gpu and epsilon > 0
+    if filtered_tiles and not fusable:
+        raise ValueError(
+            f"filter_eps = {filter_eps} is served on a GPU by backend='triton' for bfloat16 and float16, not by "
+            f"{name!r} for {rows.dtype}"
+        )
+    order = None
+    if filtered_tiles:
+        order = mean_logit_order(rows.detach(), weight.detach(), bias)
+        flat_labels, ignore_index = _labels_in_order(flat_labels, order, ignore_index), -100
     height = leading_dimension(num_classes, rows.element_size()) if on_gpu else num_classes
-    weight = _decoder_rows(weight, height, rows.dtype)
-    bias = None if bias is None else _decoder_rows(bias, height, rows.dtype)
+    weight = _decoder_rows(weight, height, rows.dtype, order)
+    bias = None if bias is None else _decoder_rows(bias, height, rows.dtype, order)
     index = position = None
     if device.type == "cpu" and not on_gpu and not torch.compiler.is_compiling():
         # Shapes that depend on values cost nothing here: no capacity is needed.
@@ -304,7 +312,7 @@ def linear_grouped_loss(
         flat_groups = flat_groups.index_select(0, picked)
     budget = default_memory_budget(device) if memory_budget is None else memory_budget
     stored, block = plan(places, num_classes, rows.shape[1], rows.element_size(), budget)
-    layout = (num_classes, ignore_index, places, stored, block, fused)
+    layout = (num_classes, ignore_index, places, stored, block, filtered_tiles or (fusable and preferred))
     row_loss, normaliser, outcome, *kept = ops.linear_forward(
         rows.detach(),
         weight.detach(),
@@ -371,9 +379,20 @@ def _check_group_weights(q: Tensor) -> None:
         )
 
 
-def _decoder_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """``x`` [V, ...] as ``dtype``, with zeros up to ``rows``."""
-    return x.to(dtype) if x.shape[0] == rows else ops.PaddedRows.apply(x, rows, dtype)
+def _decoder_rows(x: Tensor, rows: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
+    """``x`` [V, ...] as ``dtype`` in this order, with zeros up to ``rows``."""
+    if x.shape[0] == rows and order is None:
+        return x.to(dtype)
+    return ops.DecoderRows.apply(x, rows, dtype, order)
+
+
+def _labels_in_order(labels: Tensor, order: Tensor, ignore_index: int) -> Tensor:
+    """Labels [N] as places in ``order`` [V]; -100 where they were ignored, -1 where they were out of range."""
+    vocabulary = order.shape[0]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(vocabulary, device=order.device))
+    inside = (labels >= 0) & (labels < vocabulary)
+    moved = torch.where(inside, place.index_select(0, labels.clamp(0, vocabulary - 1)), -1)
+    return torch.where(labels == ignore_index, -100, moved)
 
 
 def _places(capacity: int | float | None, rows: int) -> int:

@@ -19,7 +19,7 @@ from rd_kernels import linear
 from rd_kernels.backends.registry import BAD_LABEL, get
 from rd_kernels.gemm import leading_dimension
 
-__all__ = ["LinearRowsLoss", "PaddedRows", "RowsLoss", "raise_if_bad"]
+__all__ = ["DecoderRows", "LinearRowsLoss", "RowsLoss", "raise_if_bad"]
 
 _library = torch.library.Library("rd_kernels", "DEF")
 _OBJECTIVE = "Tensor(a!) q, str objective, float step_size, Tensor? adjustment"
@@ -417,24 +417,29 @@ class RowsLoss(torch.autograd.Function):
         return (gradient, *[None] * 10)
 
 
-class PaddedRows(torch.autograd.Function):
-    """``x`` [V, ...] as ``dtype`` with rows of zeros behind it: one copy, where a cast makes one anyway.
+class DecoderRows(torch.autograd.Function):
+    """``x`` [V, ...] as ``dtype``, in an order of its rows, with rows of zeros behind them: a cast makes a copy anyway.
 
     Products with a matrix of 30522 rows are slower than with one of 30528, and their results have rows that begin
     at no multiple of 16 bytes.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
+        ctx.save_for_backward(order)
         ctx.rows, ctx.dtype = x.shape[0], x.dtype
         padded = torch.empty((rows, *x.shape[1:]), dtype=dtype, device=x.device)
-        padded[: ctx.rows].copy_(x)
+        padded[: ctx.rows].copy_(x if order is None else x.index_select(0, order))
         padded[ctx.rows :].zero_()
         return padded
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient[: ctx.rows].to(ctx.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (order,) = ctx.saved_tensors
+        gradient = gradient[: ctx.rows].to(ctx.dtype)
+        if order is not None:
+            gradient = torch.empty_like(gradient).index_copy_(0, order, gradient)
+        return gradient, None, None, None
 
 
 class LinearRowsLoss(torch.autograd.Function):

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 ENVIRONMENT_VARIABLE = "RD_KERNELS_BACKEND"
+FUSED_LOGITS_VARIABLE = "RD_KERNELS_FUSED_LOGITS"
 
 # Tried in this order by "auto": the first that is usable and serves the tensors wins.
 BACKENDS: dict[str, tuple[str, str]] = {
@@ -55,10 +56,9 @@ class Backend:
 
     name: str
     on_gpu = False  # its kernels are made for one, wherever they run: no choices by values, padded products
-
-    def fuses_logits(self, dtype: torch.dtype) -> bool:
-        """Whether the linear op's first product shall be ``exponentials`` for hidden states of this dtype."""
-        return False
+    fusable: tuple[
+        torch.dtype, ...
+    ] = ()  # of hidden states whose product with the decoder ``exponentials`` can be
 
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine and what to do about it; None if it can."""
@@ -150,7 +150,7 @@ class Backend:
 
         -> ``row_loss``, ``normaliser``, ``outcome`` as of ``row_forward``; ``factor`` [N] acc, 0 for a row that does
         not count, NaN where its loss is; ``tile_sums`` [T, N] acc, which add up to 1 / factor. E is 0 in the padding
-        and in rows of factor 0 or NaN. Asked for only where ``fuses_logits``.
+        and in rows of factor 0 or NaN. For the dtypes in ``fusable``.
         """
         raise NotImplementedError
 
@@ -351,10 +351,15 @@ def get(name: str) -> Backend:
     return getattr(importlib.import_module(module), cls)()
 
 
-def linear_form(name: str, dtype: torch.dtype) -> tuple[bool, bool]:
-    """-> whether the backend is made for a GPU; whether its linear op fuses the logits. Constants to a compiler."""
-    backend = get(name)
-    return backend.on_gpu, backend.fuses_logits(dtype)
+def linear_form(name: str, dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    """How a backend runs the linear op -> ``on_gpu``; whether it can fuse the logits; whether it shall, wherever it
+    need not. Constants to a compiler. RD_KERNELS_FUSED_LOGITS=1 asks for it: not yet measured, so not the default.
+    """
+    backend, wish = get(name), os.environ.get(FUSED_LOGITS_VARIABLE, "0")
+    if wish not in ("0", "1"):
+        raise ValueError(f"{FUSED_LOGITS_VARIABLE} must be 0 or 1, got {wish!r}")
+    # float16 has no room for the row weights' share of the normaliser.
+    return backend.on_gpu, dtype in backend.fusable, wish == "1" and dtype != torch.float16
 
 
 # What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes seconds and triton.
