@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rd_kernels.backends import machine_code
 from rd_kernels.backends.triton_backend import TritonBackend
+from rd_kernels.backends.triton_gemm import GEMM_TILES
 from rd_kernels.backends.triton_launcher import COMPILER_OPTIONS
 
 __all__ = ["DTYPES", "TARGETS", "Cost", "Variant", "measure", "variants"]
@@ -41,7 +42,7 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
-_OPTIONAL = ("grad_out", "row_scale", "class_weight", "smoothing", "adjustment")
+_OPTIONAL = ("grad_out", "row_scale", "class_weight", "smoothing", "adjustment", "bias", "factor", "unit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,11 @@ class Cost:
 class _Recorder(TritonBackend):
     """Notes the kernels that the launchers would start for "cuda" or "hip"."""
 
-    def __init__(self, architecture: str):
+    def __init__(self, target: str):
         if self._kernels["INTERPRETED"].value:
             raise RuntimeError("TRITON_INTERPRET is set: unset it before Python starts, to compile kernels")
-        self._architecture = architecture
+        self._architecture = TARGETS[target][0]
+        self.gemm_tiles = lambda device: GEMM_TILES[target]
         self.recorded: dict[Variant, None] = {}  # in order, each once
 
     def _launch(self, kernel, grid, tensors, scalars, **options):
@@ -128,10 +130,12 @@ def variants(target: str, dtypes: Iterable[str], thorough: bool) -> list[Variant
 
     Raises RuntimeError under TRITON_INTERPRET, where there is nothing to compile.
     """
-    recorder = _Recorder(TARGETS[target][0])
+    recorder = _Recorder(target)
     with torch.device("meta"):
         for name in dtypes:
             _exercise_rows(recorder, DTYPES[name], thorough)
+            if name != "fp32":
+                _exercise_gemm(recorder, DTYPES[name], thorough)
         _exercise_groups(recorder)
     return list(recorder.recorded)
 
@@ -154,6 +158,24 @@ def _exercise_rows(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -
                 backend.row_backward(
                     grad_out, scale, logits, labels, acc, class_weight, smoothing, -100, out=logits
                 )
+
+
+def _exercise_gemm(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
+    rows = 2458
+    acc = torch.empty(rows)
+    labels = torch.empty(rows, dtype=torch.int64)
+    # Widths of MiniLM and BERT, and one that is no multiple of anything.
+    for width in (384, 768, 100) if thorough else (768,):
+        hidden = torch.empty(rows, width, dtype=dtype)
+        for vocabulary in (30522, 30528) if thorough else (30528,):
+            weight, out = (
+                torch.empty(*shape, dtype=dtype) for shape in ((vocabulary, width), (rows, vocabulary))
+            )
+            for bias in (weight[:, 0].contiguous(), None) if thorough else (weight[:, 0].contiguous(),):
+                *_, tile_sums = backend.exponentials(hidden, weight, bias, labels, -100, 30522, out)
+            live = backend.live_tiles(tile_sums, labels, acc, out, 0.0)
+            backend.grad_hidden(out, acc, weight, live)
+            backend.grad_weight(out, *backend.scaled_hidden(hidden, acc), live)
 
 
 def _exercise_groups(backend: TritonBackend) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels.backends.registry import Backend
-from rd_kernels.backends.triton_launcher import Launcher
+from rd_kernels.backends.triton_gemm import TritonGEMM
 
 __all__ = ["RowConfig", "TritonBackend"]
 
@@ -43,7 +43,7 @@ _GROUP_TILES = {16: 128, 64: 32}
 _CHUNKS = 64  # chunks that group_totals adds in one step
 
 
-class TritonBackend(Launcher, Backend):
+class TritonBackend(TritonGEMM, Backend):
     name = "triton"
     _architecture = "hip" if torch.version.hip else "cuda"
 

@@ -14,7 +14,7 @@ __all__ = ["COMPILER_OPTIONS", "Launcher"]
 
 # A multiplication and an addition become one instruction; newer versions of triton want to be asked.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
-_MODULES = ("triton_kernels",)  # those that hold kernels; importing them imports triton
+_MODULES = ("triton_kernels", "triton_gemm_kernels")  # those that hold kernels; importing them imports triton
 
 
 class Launcher:
