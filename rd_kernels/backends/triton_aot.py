@@ -93,8 +93,11 @@ class _Recorder(TritonBackend):
         if self._kernels["INTERPRETED"].value:
             raise RuntimeError("TRITON_INTERPRET is set: unset it before Python starts, to compile kernels")
         self._architecture = TARGETS[target][0]
-        self.gemm_tiles = lambda device: GEMM_TILES[target]
+        self._target = target
         self.recorded: dict[Variant, None] = {}  # in order, each once
+
+    def gemm_tiles(self, device):
+        return GEMM_TILES[self._target]
 
     def _launch(self, kernel, grid, tensors, scalars, **options):
         function = self._kernels[kernel]

@@ -46,15 +46,14 @@ GEMM_TILES = {
 
 # E's exponents, powers of 2. A power of two as step makes a change of k exact. The sum must fit the dtype as well.
 _RANGE = {
-    torch.bfloat16: {"STEP": 64.0, "TOP": 64.0, "ROOM": 96.0},
-    torch.float16: {"STEP": 8.0, "TOP": 14.0, "ROOM": 15.0},
+    torch.bfloat16: {"STEP": 64, "TOP": 64, "ROOM": 96},
+    torch.float16: {"STEP": 8, "TOP": 14, "ROOM": 15},
 }
-# A tile's mass is known but for the rounding of E at the labels, 2^-8 of it, so a little less than allowed is used.
+# A tile's mass is known but for the rounding of E at the labels, 2^-7 of it, so a little less than allowed is used.
 _SURELY = 1 - 2**-6
+# Masses are compared as whole numbers of C / 2^52: the sums of these do not depend on their order.
+_UNITS = 2.0**52
 _MOST_SPLITS = 8
-_UNITS = (
-    2.0**52
-)  # masses are compared as whole numbers of C / _UNITS: sums of these do not depend on the order
 
 
 class TritonGEMM(Launcher):
@@ -80,8 +79,9 @@ class TritonGEMM(Launcher):
         """-> ``row_loss`` [N] acc, ``normaliser`` [2, N] acc, ``outcome`` [N] uint8 as of row_forward, ``factor`` [N]
         acc and ``tile_sums`` [T, N] acc.
 
-        diag(factor) E = softmax - onehot. A row that does not count: factor 0, E 0. One whose loss is NaN: factor NaN,
-        E 0. ``tile_sums``, on E's scale, add up to 1 / factor: the label counts with exp(z_label), not as in E.
+        diag(factor) E = softmax - onehot, at the label exactly. A row that does not count: factor 0, E 0. One whose
+        loss is NaN: factor NaN, E 0. ``tile_sums``, on E's scale, add up to 1 / factor but for the rounding of E at the
+        label; there they count exp(z_label), not E.
         """
         (rows, depth), padded = hidden.shape, weight.shape[0]
         device, tiles, limits = hidden.device, self.gemm_tiles(hidden.device), _RANGE[hidden.dtype]
@@ -193,7 +193,7 @@ class TritonGEMM(Launcher):
         ``scale`` may be as small as 2^-15 / N in float16, which knows no such numbers at full precision.
         """
         largest = torch.cat((scale.abs(), scale.new_ones(1) * torch.finfo(scale.dtype).tiny)).amax()
-        unit = torch.exp2(largest.log2().floor() - 8)
+        unit = torch.exp2(largest.log2().floor() - 4)
         column = (scale / unit)[:, None]
         return torch.where(column == 0, 0, hidden * column).to(hidden.dtype), unit
 

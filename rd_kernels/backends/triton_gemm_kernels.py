@@ -186,7 +186,7 @@ def finish_rows(
     row_loss,  # out [N] acc
     normaliser,  # out [2, N] acc: the maximum m, log sum_j exp(z_j - m)
     outcome,  # out [N] uint8
-    factor,  # out [N] acc: 1/s; NaN where the loss is; 0 for a row that does not count
+    factor,  # out [N] acc: 1/s and what makes U exact at the label; NaN where the loss is; 0 for a row that does not count
     steps,  # out [N] acc: the row's k
     N,
     T,
@@ -240,12 +240,15 @@ def finish_rows(
     log_total = tl.where(counted, tl.where(valid, log_total, float("nan")), uncounted)
     tl.store(normaliser + N + rows, log_total, mask=present)
     tl.store(outcome + rows, result.to(tl.uint8), mask=present)
-    inverse = tl.where(counted, tl.where(valid, 1.0 / s, float("nan")), 0.0)
-    tl.store(factor + rows, inverse, mask=present)
 
     e = tl.where(tl.abs(own) < float("inf"), tl.exp2(-STEP * k), 0.0)
     at_label = _rounded(tl.where(valid, e - s, 0.0), out.dtype.element_ty)
     tl.store(out + rows * padded + label, at_label, mask=counted)
+    # The label's element is as large as all others together: what its rounding takes, the factor gives back.
+    lost = (e - s) / at_label.to(tl.float32)
+    inverse = tl.where(tl.abs(lost - 1.0) < 0.01, lost, 1.0) / s  # not where it is nearly 0
+    inverse = tl.where(counted, tl.where(valid, inverse, float("nan")), 0.0)
+    tl.store(factor + rows, inverse, mask=present)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -324,6 +327,7 @@ def live_product(
     a_tile = a + first_row * row_stride + (local[:, None] * row_stride + depth[None, :] * column_stride)
     b_tile = b + (depth[:, None] * b_stride + columns[None, :])
     blocks_here = live_blocks + row_block.to(tl.int64) * blocks
+    tl.static_assert(SPAN % DEPTH == 0)
     PARTS: tl.constexpr = SPAN // DEPTH
     total = tl.zeros([HEIGHT, WIDTH], tl.float32)
     count = tl.load(live_count + row_block) * PARTS
