@@ -13,7 +13,7 @@ from rd_kernels.backends.triton_backend import TritonBackend
 from rd_kernels.backends.triton_gemm import GEMMTiles, mean_logit_order
 from tests.conftest import on_device_of
 
-TILES = GEMMTiles(rows=16, columns=32, depth=16, width=32, warps=4, stages=2, processors=1, group=2)
+TILES = GEMMTiles(rows=16, columns=32, depth=16, warps=4, stages=2, processors=1, group=2)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 BFLOAT16 = torch.bfloat16
 ACC_EPS = 2.0**-20  # of results in float32, relative to their size or 1
@@ -78,7 +78,9 @@ def largest(x: Tensor) -> float:
     return float(x.abs().amax()) if x.numel() else 0.0
 
 
-def check_forward(p: Problem) -> None:
+def check_forward(p: Problem, shift: float = 0.0) -> None:
+    """``shift``: what U may be off more than eager's. The factor makes it exact at the label and moves the rest of the
+    row by the rounding there; it shows only where eager's 16-bit logits happen to be nearly exact."""
     ok = p.counted
     row_loss, normaliser, U = p.exact()
     eager_loss, eager_U = p.eager()
@@ -89,7 +91,7 @@ def check_forward(p: Problem) -> None:
     size = p.logits(torch.float64).abs().amax(1).clamp_min(1)
     assert largest(((p.normaliser - normaliser) / size)[:, ok]) <= 8 * ACC_EPS
     assert largest(error) <= 8 * ACC_EPS
-    assert largest(p.U() - U) <= largest(eager_U.double() - U) + ACC_EPS
+    assert largest(p.U() - U) <= largest(eager_U.double() - U) + ACC_EPS + shift
     assert (p.E[:, p.V :] == 0).all()
     assert (p.E[~ok] == 0).all()
     assert (p.factor[~ok] == 0).all()
@@ -168,8 +170,9 @@ def test_sum_beyond_what_the_dtype_holds(gemm, poisoned, dtype):
         p.bias[p.labels] = -7.5
 
     p = Problem(gemm, dtype, N=5, change=change)
-    assert (1 / p.exact()[2].gather(1, p.labels[:, None]).add(1) > 65504).all()
-    check_forward(p)
+    U = p.exact()[2]
+    assert (1 / U.gather(1, p.labels[:, None]).add(1) > 65504).all()
+    check_forward(p, shift=torch.finfo(dtype).eps / 2 * U.amax())
     assert p.E.isfinite().all()
 
 

@@ -168,7 +168,7 @@ def _exercise_gemm(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -
     acc = torch.empty(rows)
     labels = torch.empty(rows, dtype=torch.int64)
     # Widths of MiniLM and BERT, and one that is no multiple of anything.
-    for width in (384, 768, 100) if thorough else (768,):
+    for width in (384, 768, 400, 100) if thorough else (768,):
         hidden = torch.empty(rows, width, dtype=dtype)
         for vocabulary in (30522, 30528) if thorough else (30528,):
             weight, out = (

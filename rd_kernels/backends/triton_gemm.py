@@ -24,12 +24,11 @@ __all__ = ["GEMM_TILES", "GEMMTiles", "TritonGEMM", "mean_logit_order"]
 
 @dataclass(frozen=True)
 class GEMMTiles:
-    """How the GEMMs are cut: E into tiles of rows x columns, sums into steps of ``depth``."""
+    """How the GEMMs are cut: E into tiles of rows x columns, sums into steps of ``depth``, which divides both."""
 
     rows: int = 128
     columns: int = 128
     depth: int = 64
-    width: int = 128  # of a gradient's tile, along D
     warps: int = 8
     stages: int = 3
     processors: int = 108  # where a product has fewer tiles, each is split along its sum
@@ -54,6 +53,7 @@ _SURELY = 1 - 2**-6
 # Masses are compared as whole numbers of C / 2^52: the sums of these do not depend on their order.
 _UNITS = 2.0**52
 _MOST_SPLITS = 8
+_SHORT = 16  # the depth where operands are not aligned: their elements then pass through registers one by one
 
 
 class TritonGEMM(Launcher):
@@ -86,6 +86,7 @@ class TritonGEMM(Launcher):
         (rows, depth), padded = hidden.shape, weight.shape[0]
         device, tiles, limits = hidden.device, self.gemm_tiles(hidden.device), _RANGE[hidden.dtype]
         count = _ceil_div(padded, tiles.columns)
+        step = tiles.depth if _aligned(depth, hidden.stride(0), weight.stride(0)) else _SHORT
 
         def acc(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
@@ -112,8 +113,8 @@ class TritonGEMM(Launcher):
             num_stages=tiles.stages,
             ROWS=tiles.rows,
             COLUMNS=tiles.columns,
-            DEPTH=tiles.depth,
-            WHOLE=depth % tiles.depth == 0,
+            DEPTH=step,
+            WHOLE=depth % step == 0,
             GROUP=tiles.group,
             STEP=limits["STEP"],
             TOP=limits["TOP"],
@@ -222,7 +223,10 @@ class TritonGEMM(Launcher):
     ) -> Tensor:
         tiles = self.gemm_tiles(b.device)
         (rows, inner), depth = a.shape, b.shape[1]
-        programs = _ceil_div(rows, height) * _ceil_div(depth, tiles.width)
+        aligned = _aligned(depth, *a.stride(), b.stride(0))
+        # As large a tile as the forward's, unless much of it would lie beyond D.
+        width = span if depth % span == 0 else min(span, height, tiles.rows)
+        programs = _ceil_div(rows, height) * _ceil_div(depth, width)
         splits = max(1, min(_MOST_SPLITS, tiles.processors // max(programs, 1)))
         whole = splits == 1
         out = torch.empty((splits, rows, depth), dtype=b.dtype if whole else torch.float32, device=b.device)
@@ -238,8 +242,8 @@ class TritonGEMM(Launcher):
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             HEIGHT=height,
-            WIDTH=tiles.width,
-            DEPTH=tiles.depth,
+            WIDTH=width,
+            DEPTH=tiles.depth if aligned else _SHORT,
             SPAN=span,
             GROUP=tiles.group,
         )
@@ -261,6 +265,11 @@ def mean_logit_order(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     """
     mean = torch.mv(weight, hidden.mean(0, dtype=torch.float32).to(weight.dtype)).float()
     return (mean if bias is None else mean + bias).argsort(descending=True, stable=True)
+
+
+def _aligned(*sizes: int) -> bool:
+    """Whether tiles of these sizes and strides can be copied in pieces of 16 bytes, as Triton finds out."""
+    return all(size == 1 or size % 16 == 0 for size in sizes)
 
 
 def _ceil_div(a: int, b: int) -> int:
