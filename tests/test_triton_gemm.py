@@ -260,12 +260,12 @@ def test_rows_as_row_forward_sees_them(gemm, poisoned):
     assert (p.E[[4, 5, 6, 8]] == 0).all()
 
 
-@DTYPES
-def test_same_bits_again(gemm, dtype):
-    p = Problem(gemm, dtype)
-    first = [p.E.clone(), *p.results]
+def test_same_bits_again(gemm):
+    p = Problem(gemm, BFLOAT16)
+    scale = torch.rand(37)
+    first = [p.E.clone(), *p.results, *gradients(gemm, p, scale, eps=0.01)]
     again = gemm.exponentials(p.hidden, p.weight, p.bias, p.labels, -100, p.V, p.E)
-    for x, y in zip(first, (p.E, *again), strict=True):
+    for x, y in zip(first, (p.E, *again, *gradients(gemm, p, scale, eps=0.01)), strict=True):
         assert torch.equal(x, y)
 
 
@@ -284,7 +284,7 @@ def exact_gradients(p: Problem, terms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @DTYPES
-@pytest.mark.parametrize("processors", [1, 100], ids=["whole", "split"])
+@pytest.mark.parametrize("processors", [1, 30], ids=["whole", "split"])
 @pytest.mark.parametrize(("N", "V", "Vp", "D"), [(37, 100, 104, 40), (17, 33, 33, 24), (1, 1, 1, 16)])
 def test_gradients(gemm, poisoned, dtype, processors, N, V, Vp, D):
     gemm.tiles = GEMMTiles(**{**vars(TILES), "processors": processors})
@@ -346,7 +346,7 @@ def test_what_is_left_out_stays_within_the_bound(gemm, poisoned, dtype, order, s
     sizes = p.weight.double().norm(dim=1).max(), p.hidden.double().norm(dim=1).max()
     dense = gradients(gemm, p, row_scale, torch.ones(3, 7, dtype=torch.uint8))
     left_out = []
-    for eps in (0.0, 2.0**-9, 0.05, 0.3):
+    for eps in (0.0, 0.02, 0.3):
         filtered = gradients(gemm, p, row_scale, eps=eps)
         for value, whole, truth, size in zip(filtered, dense, exact, sizes, strict=False):
             error, rounding = ((x[: len(truth)] - truth).norm(dim=1).sum() for x in (value, whole))
@@ -354,7 +354,7 @@ def test_what_is_left_out_stays_within_the_bound(gemm, poisoned, dtype, order, s
             assert eps > 0 or torch.equal(value, whole)
         left_out.append(int((filtered[2] == 0).sum()))
     assert left_out == sorted(left_out)
-    assert left_out[2] > 0
+    assert left_out[1] > 0
 
 
 @DTYPES

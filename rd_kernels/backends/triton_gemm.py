@@ -98,10 +98,10 @@ class TritonGEMM(Launcher):
         strides = (hidden.stride(0), weight.stride(0))
         self._launch(
             "label_logits",
-            (_ceil_div(rows, 16),),
+            (_ceil_div(rows, 8),),
             (*operands, label_logit),
             (rows, num_classes, depth, *strides, ignore_index),
-            ROWS=16,
+            ROWS=8,
             DEPTH=128,
         )
         self._launch(
@@ -135,7 +135,7 @@ class TritonGEMM(Launcher):
             (rows, padded),
             ROWS=128,
             COLUMNS=tiles.columns,
-            CHUNK=min(32, tiles.columns),
+            CHUNK=16,
             STEP=limits["STEP"],
             TOP=limits["TOP"],
         )
@@ -193,7 +193,7 @@ class TritonGEMM(Launcher):
 
         ``scale`` may be as small as 2^-15 / N in float16, which knows no such numbers at full precision.
         """
-        largest = torch.cat((scale.abs(), scale.new_ones(1) * torch.finfo(scale.dtype).tiny)).amax()
+        largest = torch.cat((scale.abs(), scale.new_full((1,), 2.0**-100))).amax()  # never 0
         unit = torch.exp2(largest.log2().floor() - 4)
         column = (scale / unit)[:, None]
         return torch.where(column == 0, 0, hidden * column).to(hidden.dtype), unit
