@@ -273,7 +273,7 @@ def linear_grouped_loss(
     check_same_device(
         "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, group_weights=q
     )
-    if cast := torch.is_autocast_enabled(device.type):
+    if cast := torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     _check_linear(hidden, weight, bias, cast)
     num_classes = weight.shape[0]
@@ -283,13 +283,12 @@ def linear_grouped_loss(
     rows = hidden.reshape(-1, hidden.shape[-1])
     name = select(backend, rows, q.shape[0])
     on_gpu, fusable, preferred = linear_form(name, rows.dtype)
-    filtered_tiles = on_gpu and epsilon > 0
-    if filtered_tiles and not fusable:
+    if epsilon > 0 and not (fusable if on_gpu else device.type == "cpu"):
         raise ValueError(
-            f"filter_eps = {filter_eps} is served on a GPU by backend='triton' for bfloat16 and float16, not by "
-            f"{name!r} for {rows.dtype}"
+            f"filter_eps = {filter_eps} is served on a CPU, and on a GPU by backend='triton' for bfloat16 and float16, "
+            f"not by {name!r} for {rows.dtype} on {device}"
         )
-    order = None
+    filtered_tiles, order = on_gpu and epsilon > 0, None
     if filtered_tiles:
         order = mean_logit_order(rows.detach(), weight.detach(), bias)
         flat_labels, ignore_index = _labels_in_order(flat_labels, order, ignore_index), -100

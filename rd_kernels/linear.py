@@ -257,8 +257,7 @@ def mean_logit_order(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     In this order entries that are light for all rows share tiles. The mean of products with ``weight`` [V, D] is the
     product with the mean: no GEMM.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        mean = torch.mv(weight, hidden.mean(0, dtype=torch.float32).to(weight.dtype)).float()
+    mean = torch.mv(weight, hidden.mean(0, dtype=torch.float32).to(weight.dtype)).float()
     return (mean if bias is None else mean + bias.detach()).argsort(descending=True, stable=True)
 
 

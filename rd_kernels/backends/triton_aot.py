@@ -61,7 +61,7 @@ _POINTERS = {
     torch.bool: "*i1",
 }
 _OPTIONAL = (
-    "grad_out", "row_scale", "class_weight", "smoothing", "adjustment", "bias", "grad_weight", "grad_bias",
+    "grad_out", "row_scale", "class_weight", "smoothing", "adjustment", "bias", "grad_weight", "grad_bias", "factor", "unit",
 )  # fmt: skip
 
 
@@ -236,6 +236,26 @@ def _exercise_sparse(backend: TritonBackend, dtype: torch.dtype, thorough: bool)
                 )
 
 
+def _exercise_gemm(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
+    if dtype == torch.float32:
+        return
+    rows = 2458
+    acc = torch.empty(rows)
+    labels = torch.empty(rows, dtype=torch.int64)
+    # Widths of MiniLM and BERT, and one that is no multiple of anything.
+    for width in (384, 768, 400, 100) if thorough else (768,):
+        hidden = torch.empty(rows, width, dtype=dtype)
+        for vocabulary in (30522, 30528) if thorough else (30528,):
+            weight, out = (
+                torch.empty(*shape, dtype=dtype) for shape in ((vocabulary, width), (rows, vocabulary))
+            )
+            for bias in (weight[:, 0].contiguous(), None) if thorough else (weight[:, 0].contiguous(),):
+                *_, tile_sums = backend.exponentials(hidden, weight, bias, labels, -100, 30522, out)
+            live = backend.live_tiles(tile_sums, labels, acc, out, 0.0)
+            backend.grad_hidden(out, acc, weight, live)
+            backend.grad_weight(out, *backend.scaled_hidden(hidden, acc), live)
+
+
 def _exercise_softmax(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
     labels, _ = _targets(_ROWS)
     limits = {
@@ -289,6 +309,7 @@ _EXERCISES: list[Callable[[Any, torch.dtype, bool], None]] = [
     _exercise_grouped_forward,
     _exercise_groups,
     _exercise_linear,
+    _exercise_gemm,
     _exercise_sparse,
 ]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rd_kernels.backends.registry import Backend
-from rd_kernels.backends.triton_configs import Config, architecture_of, choose
+from rd_kernels.backends.triton_configs import Config, choose
+from rd_kernels.backends.triton_gemm import TritonGEMM
 from rd_kernels.backends.triton_linear import TritonLinear
 from rd_kernels.backends.triton_sparse import TritonSparse
 
@@ -30,9 +31,10 @@ _CHUNK_ROWS, _CHUNKS = 128, 256
 _UPDATE_BLOCK = 256  # groups that the objective treats at a time
 
 
-class TritonBackend(TritonLinear, TritonSparse, Backend):
+class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
     name = "triton"
     on_gpu = True
+    fusable = (torch.bfloat16, torch.float16)
 
     def __init__(self) -> None:
         # The counters by which programs find out that they are the last, zero between kernels: one set for each
@@ -212,9 +214,6 @@ class TritonBackend(TritonLinear, TritonSparse, Backend):
         config = self._config(kernel, logits)
         assert config is not None, "the table serves every vocabulary"
         return _options(config)
-
-    def _architecture_of(self, device: torch.device) -> str:
-        return architecture_of(device)
 
     def _zeros(self, size: int, device: torch.device) -> Tensor:
         """``size`` int32 counters that are 0 now, and that the kernel leaves so."""

@@ -8,12 +8,13 @@ where a choice is known or needed to differ. Letters: V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["TABLE", "Config", "architecture_of", "choose"]
+__all__ = ["TABLE", "Config", "architecture_of", "choose", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,17 @@ def architecture_of(device: torch.device) -> str:
 @functools.cache
 def choose(kernel: str, architecture: str, itemsize: int, vocabulary: int) -> Config | None:
     """The entry to use; None where this kernel has none for so large a vocabulary."""
-    vendor, generation = _parsed(architecture)
-    entries: dict[int, list[Config]] = {}  # of each generation
-    for entry in TABLE:
-        if (entry.kernel, entry.itemsize, _parsed(entry.architecture)[0]) == (kernel, itemsize, vendor):
-            entries.setdefault(_parsed(entry.architecture)[1], []).append(entry)
-    nearest = max((known for known in entries if known <= generation), default=min(entries))
-    fitting = [entry for entry in entries[nearest] if vocabulary <= _limit(entry)]
+    entries = [entry for entry in TABLE if (entry.kernel, entry.itemsize) == (kernel, itemsize)]
+    known = nearest(architecture, [entry.architecture for entry in entries])
+    fitting = [entry for entry in entries if entry.architecture == known and vocabulary <= _limit(entry)]
     return min(fitting, key=_limit, default=None)
+
+
+def nearest(architecture: str, known: Iterable[str]) -> str:
+    """Of the ``known`` ones the newest of the same vendor that is no newer; else the oldest."""
+    vendor, generation = _parsed(architecture)
+    same = sorted((name for name in known if _parsed(name)[0] == vendor), key=_parsed)
+    return max((name for name in same if _parsed(name)[1] <= generation), key=_parsed, default=same[0])
 
 
 def _limit(entry: Config) -> float:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rd_kernels.backends.triton_configs import architecture_of
+
 __all__ = ["COMPILER_OPTIONS", "Launcher"]
 
 # A multiplication and an addition become one instruction; newer versions of triton want to be asked.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 _MODULES = (
     "triton_kernels",
+    "triton_gemm_kernels",
     "triton_group_kernels",
     "triton_linear_kernels",
     "triton_sparse_kernels",
@@ -30,6 +33,9 @@ class Launcher:
         """Every name that a module of kernels defines."""
         modules = [importlib.import_module(f"rd_kernels.backends.{name}") for name in _MODULES]
         return {name: value for module in modules for name, value in vars(module).items()}
+
+    def _architecture_of(self, device: torch.device) -> str:
+        return architecture_of(device)
 
     def _launch(
         self,

@@ -57,7 +57,7 @@ class TritonSparse(Launcher):
 
     def gather_rows(self, x: Tensor, index: Tensor) -> Tensor:
         x = _with_unit_stride(x)
-        width, warp = x.shape[1], 64 if self._architecture == "hip" else 32
+        width, warp = x.shape[1], 64 if self._architecture_of(x.device).startswith("gfx") else 32
         out = torch.empty((index.numel(), width), dtype=x.dtype, device=x.device)
         columns = min(_WIDEST, max(32, 1 << (width - 1).bit_length()))
         self._launch(
