@@ -95,8 +95,8 @@ def lines(name: str, counts: Counts, rows: int, vocabulary: int, width: int = 0)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=640)
+    parser.add_argument("--rows", type=int, default=640)
+    parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--width", type=int, default=32)
     options = parser.parse_args()
     if not INTERPRETED:
