@@ -34,7 +34,6 @@ _GRAD_WEIGHT = {
 class TritonSparse(Launcher):
     """The part of the Triton backend that packs labelled rows and computes those that do not fit."""
 
-    _architecture: str  # "cuda" or "hip"
     _tiles = (_FORWARD, _GRAD_HIDDEN, _GRAD_WEIGHT)
     _chunk = _CHUNK
 
