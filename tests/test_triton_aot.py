@@ -64,9 +64,8 @@ def test_long_rows_move_16_bytes_at_a_time(compiled, target):
     for cost in compiled[1]:
         if cost.target == target and cost.loads:
             assert max(cost.loads) == 128, cost
-            assert max(cost.stores) == 128 or cost.variant.startswith(("row_forward", "grouped_forward")), (
-                cost
-            )
+            if not cost.variant.startswith(("row_forward", "grouped_forward")):
+                assert max(cost.stores) == 128, cost
             aligned.add("V%16=0" in cost.variant)
     assert aligned == {True, False}
 
@@ -90,10 +89,9 @@ def test_table_has_a_line_for_each_variant(compiled):
     table, costs = compiled
     lines = table.splitlines()
     assert len(lines) == len(costs) + 1
-    for line, cost in zip(lines[1:], costs, strict=True):
-        target, registers, spills = line.split()[:3]
-        assert (target, int(registers), int(spills)) == (cost.target, cost.registers, cost.spills)
-        assert line.endswith(cost.variant)
+    printed = {(*line.split()[:4], line[line.index("  ", 70) :].split("  ")[-1]) for line in lines[1:]}
+    numbers = ((str(n) for n in (cost.registers, cost.spills, cost.stack)) for cost in costs)
+    assert printed == {(cost.target, *n, cost.variant) for cost, n in zip(costs, numbers, strict=True)}
 
 
 COST = Cost("k(bf16)", "sm_90", 8, 64, 0, 0, 128, 4, {16: 2, 128: 4}, {128: 4})

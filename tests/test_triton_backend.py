@@ -56,3 +56,42 @@ def test_a_broken_triton_is_reported_not_raised(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", fail)
     assert "wrong ELF class" in TritonBackend().missing()
+
+
+def test_counters_are_kept_and_left_at_zero():
+    """What the programs of a stream's kernels count themselves with."""
+    backend, device = TritonBackend(), device_of("triton")
+    logits = torch.randn(5, 9, device=device)
+    labels = torch.arange(5, device=device)
+    groups, q = labels % 2, torch.full((2,), 0.5, device=device)
+    for _ in range(2):
+        backend.grouped_forward(logits, labels, groups, q, "group_dro", 0.1, None, -100)
+        (counters,) = backend._counters.values()
+        assert counters.dtype == torch.int32
+        assert counters.count_nonzero() == 0
+    assert backend._zeros(7, counters.device) is counters
+    larger = backend._zeros(counters.numel() + 1, counters.device)
+    assert larger.numel() > counters.numel()
+    assert larger.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("case", ["AMD", "many groups", "no rows"])
+def test_where_the_forward_stays_apart(monkeypatch, case):
+    """It launches the kernels of each step then, with the same results."""
+    backend, device = TritonBackend(), device_of("triton")
+    if case == "AMD":
+        monkeypatch.setattr(backend, "_architecture_of", lambda device: "gfx942")
+    started, launch = [], backend._launch
+
+    def note(kernel, *arguments, **options):
+        started.append(kernel)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(backend, "_launch", note)
+    rows, count = (0 if case == "no rows" else 3), (63 if case == "many groups" else 62)
+    logits, labels = torch.randn(rows, 9, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    q = torch.full((count,), 1 / count, device=device)
+    loss, *_ = backend.grouped_forward(logits, labels, labels, q, "erm", 0.0, None, -100)
+    assert started == ["row_forward", "group_partials", "group_totals", "group_update", "row_scale"]
+    expected = torch.nn.functional.cross_entropy(logits, labels) if rows else torch.zeros((), device=device)
+    torch.testing.assert_close(loss, expected)

@@ -1,8 +1,8 @@
 """Triton kernels of steps 2 and 3: sums by group, the objective, each row's factor.
 
 The bodies are functions of their own: a forward over the rows runs them in its last programs (triton_kernels).
-Sums are taken in float64: one of float32 values whose exponents lie within 20 of one another is exact there, so that
-two kernels that sum in another order, because other threads share the work, still round to the same float32.
+Sums are taken in float64: one of float32 values no more than a factor of 2^16 apart is exact there, so that two
+kernels that sum in another order, because other threads share the work, still round to the same float32.
 What another program of the same kernel has stored is loaded past the first-level cache (".cg"). Letters: N rows,
 G groups; a chunk is a run of rows that one program sums. ``acc`` is float32.
 """
