@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.registry import Backend
+from rd_kernels.backends.interface import Backend
 
 __all__ = [
     "Selection",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels import gemm
-from rd_kernels.backends.registry import Backend
+from rd_kernels.backends.interface import Backend
 
 __all__ = [
     "Layout",

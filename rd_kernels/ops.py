@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rd_kernels import linear
-from rd_kernels.backends.registry import BAD_LABEL, get
+from rd_kernels.backends.interface import BAD_LABEL
+from rd_kernels.backends.registry import get
 from rd_kernels.gemm import leading_dimension
 
 __all__ = ["DecoderRows", "LinearRowsLoss", "RowsLoss", "raise_if_bad"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.registry import BAD_LABEL, HIT, IGNORED, MISS, Backend
+from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS, Backend
 
 __all__ = ["ReferenceBackend", "erm_update", "group_dro_update"]
 
@@ -164,7 +164,7 @@ class ReferenceBackend(Backend):
     def row_scale(self, coefficients, outcome, groups):
         counted = (outcome == MISS) | (outcome == HIT)
         if groups.dtype == torch.bool:
-            scale = groups.to(coefficients.dtype) @ coefficients
+            scale = torch.where(groups, coefficients, 0).sum(dim=1)  # a product autocast would round to 16 bits
         else:
             inside = (groups >= 0) & (groups < coefficients.numel())
             scale = torch.where(inside, coefficients[groups.where(inside, 0)], 0)

@@ -14,7 +14,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from rd_kernels.backends.registry import BACKENDS, Backend, get
+from rd_kernels.backends.interface import Backend
+from rd_kernels.backends.registry import BACKENDS, get
 from tests.cuda_emulation import build
 from tests.devices import device_of
 

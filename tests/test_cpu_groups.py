@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels.backends.cpu import CPUBackend
-from rd_kernels.backends.registry import BAD_LABEL, HIT, IGNORED, MISS, Backend
+from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS, Backend
 from tests.oracles import PublishedGroupDRO, members_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rd_kernels.backends.cpu import CPUBackend
-from rd_kernels.backends.registry import BAD_LABEL, HIT, IGNORED, MISS
+from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS
 
 backend = CPUBackend()
 

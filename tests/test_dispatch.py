@@ -7,6 +7,7 @@ import torch
 
 import rd_kernels as rd
 from rd_kernels.backends import registry
+from rd_kernels.backends.interface import Backend
 from tests.test_package import run_python
 
 ORDER = ["cuda", "triton", "cpu", "reference"]
@@ -16,7 +17,7 @@ ORDER = ["cuda", "triton", "cpu", "reference"]
 def every_backend(monkeypatch):
     """On a machine where nothing is missing and every backend serves every device: only order and sizes decide."""
 
-    class Willing(registry.Backend):
+    class Willing(Backend):
         def missing(self):
             return None
 

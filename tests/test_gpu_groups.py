@@ -6,7 +6,8 @@ The oracles are loops over rows, the update as its authors published it, and tor
 import pytest
 import torch
 
-from rd_kernels.backends.registry import Backend, get
+from rd_kernels.backends.interface import Backend
+from rd_kernels.backends.registry import get
 from tests.gpu_oracles import (
     BAD_LABEL,
     HIT,

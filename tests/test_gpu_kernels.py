@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rd_kernels.backends.registry import Backend
+from rd_kernels.backends.interface import Backend
 from tests.gpu_oracles import (
     BAD_LABEL,
     HIT,

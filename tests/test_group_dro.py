@@ -144,6 +144,19 @@ def test_gradcheck_with_coefficients_held():
     assert torch.autograd.gradcheck(loss, torch.randn(6, 5, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_row_weights_are_not_rounded_by_autocast(backend, mask):
+    groups = torch.rand(40, 3) < 0.5 if mask else torch.randint(-1, 3, (40,))
+    logits, labels = torch.randn(40, 11), torch.randint(11, (40,))
+    gradients = []
+    for enabled in (False, True):
+        leaf, loss_fn = logits.clone().requires_grad_(), rd.GroupDROLoss(3, backend=backend).to(logits.device)
+        with torch.autocast(logits.device.type, torch.bfloat16, enabled=enabled):
+            loss = loss_fn(leaf, labels, groups)
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    assert torch.equal(*gradients)
+
+
 def test_autocast():
     """Under autocast the linear op computes its GEMMs in bfloat16 and returns gradients in the leaves' dtype."""
     hidden = torch.randn(40, 16, requires_grad=True)

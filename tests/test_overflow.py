@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rd_kernels.backends.registry import BAD_LABEL, HIT, IGNORED, MISS, get
+from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS
+from rd_kernels.backends.registry import get
 from rd_kernels.backends.triton_backend import TritonBackend
 from rd_kernels.reference import ReferenceBackend
 from tests.conftest import on_device_of

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.registry import BAD_LABEL, HIT, IGNORED, MISS, get
+from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS
+from rd_kernels.backends.registry import get
 from rd_kernels.backends.triton_backend import TritonBackend
 from rd_kernels.backends.triton_gemm import GEMMTiles
 from rd_kernels.linear import mean_logit_order

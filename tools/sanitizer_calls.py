@@ -13,7 +13,8 @@ import sys
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.registry import BACKENDS, Backend, get
+from rd_kernels.backends.interface import Backend
+from rd_kernels.backends.registry import BACKENDS, get
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (1, 7, 127, 1000, 4099, 30522, 128256)  # the last two by clusters of blocks

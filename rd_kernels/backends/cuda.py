@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rd_kernels.backends.interface import Backend
 from rd_kernels.backends.native import NativeBackend, address, dtype_name
-from rd_kernels.backends.registry import Backend, get
+from rd_kernels.backends.registry import get
 
 __all__ = ["CUDABackend"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.registry import Backend
+from rd_kernels.backends.interface import Backend
 
 __all__ = ["NativeBackend", "address", "dtype_name"]
 

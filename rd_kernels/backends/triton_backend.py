@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.registry import Backend
+from rd_kernels.backends.interface import Backend
 from rd_kernels.backends.triton_configs import Config, choose
 from rd_kernels.backends.triton_gemm import TritonGEMM
 from rd_kernels.backends.triton_linear import TritonLinear

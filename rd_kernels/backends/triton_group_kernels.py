@@ -10,11 +10,11 @@ G groups; a chunk is a run of rows that one program sums. ``acc`` is float32.
 import triton
 import triton.language as tl
 
-from rd_kernels.backends import registry
+from rd_kernels.backends import interface
 
-HIT = tl.constexpr(registry.HIT)
-IGNORED = tl.constexpr(registry.IGNORED)
-BAD_LABEL = tl.constexpr(registry.BAD_LABEL)
+HIT = tl.constexpr(interface.HIT)
+IGNORED = tl.constexpr(interface.IGNORED)
+BAD_LABEL = tl.constexpr(interface.BAD_LABEL)
 
 
 @triton.jit

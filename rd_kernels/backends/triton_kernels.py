@@ -11,11 +11,11 @@ environment variable TRITON_INTERPRET, whether these functions are compiled or i
 import triton
 import triton.language as tl
 
-from rd_kernels.backends import registry
+from rd_kernels.backends import interface
 from rd_kernels.backends.triton_group_kernels import BAD_LABEL, HIT, IGNORED, finish_groups
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-MISS = tl.constexpr(registry.MISS)
+MISS = tl.constexpr(interface.MISS)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The running maximum stays within the finite numbers, so that a logit of -inf adds exp(-inf) = 0 and one of +inf
