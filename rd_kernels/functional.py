@@ -98,12 +98,14 @@ def cross_entropy(
 
 
 class Grouped(NamedTuple):
-    """A grouped loss and what the report needs: ``stats`` [4, G+2], ``status`` [2]."""
+    """A grouped loss and what the report needs: ``stats`` [4, G+2], ``status`` [2], V, and the linear op's places for
+    labelled rows where there are fewer of them than rows."""
 
     loss: Tensor
     stats: Tensor
     status: Tensor
     num_classes: int
+    places: int | None = None
 
 
 def group_dro_cross_entropy(
@@ -185,7 +187,7 @@ def linear_group_dro_cross_entropy(
             take part in the GEMMs, in a buffer of so many rows (an int), or of this share of the rows (a float).
             The host never learns how many there are. More of them than places are no error and lose nothing:
             those beyond are computed by kernels of their own, without a buffer and slower, which end at once where
-            there are none. None: a place for every row. On a CPU, elsewhere, the labelled rows are simply picked.
+            there are none; the module's ``report()`` warns of them. None: a place for every row. On a CPU, elsewhere, the labelled rows are simply picked.
         filter_eps: None or 0: exact gradients. Above 0 the backward leaves out what is lightest in
             C = sum_ij |r_i U_ij|, with U = softmax - onehot and r_i the row's weight in the gradient, and holds at
             most this share of it: rows and vocabulary entries on a CPU; on a GPU tiles of the two, the vocabulary
@@ -346,7 +348,7 @@ def linear_grouped_loss(
         epsilon,
         *layout,
     )
-    return Grouped(loss, stats, status, num_classes)
+    return Grouped(loss, stats, status, num_classes, None if index is None else places)
 
 
 def _rows(logits: Tensor, argument: str) -> Tensor:

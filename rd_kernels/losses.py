@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,8 @@ class _GroupLoss(nn.Module):
         )  # whatever torch's default is
         self.register_buffer("group_weights", uniform)
         self.register_buffer("_adjustment", objective.adjustment_for(num_groups), persistent=False)
-        self._last: tuple[Tensor, Tensor, int] | None = None  # stats, status, V of the last call
+        # Of the last call: stats, status, V, places.
+        self._last: tuple[Tensor, Tensor, int, int | None] | None = None
         self._first_run: _FirstRun | None = None
 
     def _state(self, labels: Tensor, groups: Tensor) -> Tensor:
@@ -145,19 +147,28 @@ class _GroupLoss(nn.Module):
         return self
 
     def _keep(self, result: functional.Grouped) -> Tensor:
-        self._last = (result.stats, result.status, result.num_classes)
+        self._last = (result.stats, result.status, result.num_classes, result.places)
         return result.loss
 
     def report(self) -> GroupReport:
         """Loss, count, weight and accuracy of the last call, overall and by group. Waits for the device.
 
         Raises: RuntimeError before the first call; ValueError if the last batch held labels or group ids out
-        of range (a GPU finds them without stopping; the group weights were left as they were).
+        of range (a GPU finds them without stopping; the group weights were left as they were). Warns if a ``capacity``
+        had no place for some of the labelled rows, which were computed the slower way.
         """
         if self._last is None:
             raise RuntimeError("report() needs a call of the loss first")
-        stats, status, num_classes = self._last
-        return GroupReport.from_tensors(stats, status, self.group_names, num_classes)
+        stats, status, num_classes, places = self._last
+        report = GroupReport.from_tensors(stats, status, self.group_names, num_classes)
+        # On several ranks the count is of all of them, and which of them overflowed is not known.
+        if places is not None and self.process_group is None and report.overall.count > places:
+            warnings.warn(
+                f"capacity had {places} places for {report.overall.count} labelled rows; the others were computed "
+                "exactly, but slower: a larger capacity is faster",
+                stacklevel=2,
+            )
+        return report
 
     def extra_repr(self) -> str:
         return (

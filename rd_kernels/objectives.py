@@ -54,8 +54,8 @@ class GroupDRO(Objective):
 
     q_g <- q_g exp(step_size (m_g + adjustment / sqrt(N_g))), normalised; c_g = q_g / n_g, where m_g and n_g
     are the batch's mean loss and row count of group g and N_g its size in the data set. q is updated with
-    detached losses before it weights this batch. Computed in log space, so that
-    neither the exponential nor step_size times a mean loss overflows: both are computed in float64.
+    detached losses before it weights this batch. Computed in log space and in float64: neither the exponential nor
+    step_size times a mean loss overflows.
 
     Args:
         step_size: finite, >= 0. The reference code's default is 0.01.

@@ -164,7 +164,9 @@ class ReferenceBackend(Backend):
     def row_scale(self, coefficients, outcome, groups):
         counted = (outcome == MISS) | (outcome == HIT)
         if groups.dtype == torch.bool:
-            scale = torch.where(groups, coefficients, 0).sum(dim=1)  # a product autocast would round to 16 bits
+            scale = torch.where(groups, coefficients, 0).sum(
+                dim=1
+            )  # a product autocast would round to 16 bits
         else:
             inside = (groups >= 0) & (groups < coefficients.numel())
             scale = torch.where(inside, coefficients[groups.where(inside, 0)], 0)

@@ -1,5 +1,7 @@
 """The linear op with a place for some of the rows: what is labelled is computed, all of it, whatever fits."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -135,6 +137,19 @@ def test_ids_and_a_sequence_dimension(compacting):
         some(hidden, weight, labels, groups), logits(hidden @ weight.t(), labels, groups)
     )
     assert some.report().by_group["1"].count == logits.report().by_group["1"].count
+
+
+def test_the_report_warns_of_an_overflow(compacting):
+    hidden, weight, bias, labels, groups = inputs(rows=30)
+    loss_fn = rd.LinearGroupDROLoss(3, capacity=20, backend=compacting).to(hidden.device)
+    loss_fn(hidden, weight, labels, groups, bias)
+    with pytest.warns(UserWarning, match="capacity had 20 places for 24 labelled rows"):
+        assert loss_fn.report().overall.count == 24
+    labels[6:] = -100
+    loss_fn(hidden, weight, labels, groups, bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn.report()
 
 
 @pytest.mark.parametrize("which", ["reference", "cpu"])

@@ -20,6 +20,11 @@ from rd_kernels.backends.triton_aot import COST_TABLE, Cost, regressions
 
 KERNELS = {
     "row_forward", "row_backward", "softmax_minus_onehot", "group_partials", "group_totals", "group_update", "row_scale",
+    "scale_rows", "column_partials", "column_totals", "compact_counts", "compact_places", "gather_rows", "label_logits",
+    "finish_rows", "settle_tiles",
+}  # fmt: skip
+PRODUCTS = {
+    "exponentials", "live_product", "overflow_forward", "overflow_grad_hidden", "overflow_grad_weight",
 }  # fmt: skip
 PER_TARGET = pytest.mark.parametrize("target", triton_aot.TARGETS)
 
@@ -51,10 +56,21 @@ def assert_nothing_spills(costs):
 def test_nothing_spills(compiled, target):
     costs = [cost for cost in compiled[1] if cost.target == target]
     found = {re.match(r"\w+", cost.variant)[0] for cost in costs}
-    assert found >= KERNELS
+    assert found >= KERNELS | PRODUCTS
     assert ("grouped_forward" in found) == (target != "gfx942")
     assert all(cost.registers > 0 for cost in costs)
     assert_nothing_spills(costs)
+
+
+@PER_TARGET
+def test_16_bit_products_use_the_matrix_units(compiled, target):
+    seen = set()
+    for cost in compiled[1]:
+        kernel = re.match(r"\w+", cost.variant)[0]
+        if cost.target == target and kernel in PRODUCTS and "fp32" not in cost.variant:
+            assert cost.mma > 0, cost
+            seen.add(kernel)
+    assert seen == PRODUCTS
 
 
 @PER_TARGET
