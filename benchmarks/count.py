@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import LinearCase, LogitsCase
-from benchmarks.peers import Ours, OursInPlace, OursLinear, on
+from benchmarks.peers import Ours, OursInPlace, OursLinear, OursLinearFused, on
 from rd_kernels import ops
 from rd_kernels.backends.triton_launcher import Launcher
 from rd_kernels.linear import plan
 
+LABELLED, CAPACITY = 0.15, 0.2
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -113,6 +114,18 @@ def main() -> int:
         peer.options = {"memory_budget": budget(stored, *sizes, options.width, 2)}
         counts = count(lambda peer=peer: peer.step(linear))
         print("\n".join(lines(f"linear op, {stored:.0%} stored", counts, *sizes, options.width)))
+    counts = count(lambda: on("triton", OursLinearFused()).step(linear))
+    print(
+        "\n".join(
+            lines("linear op, fused logits (one product more is Triton's)", counts, *sizes, options.width)
+        )
+    )
+    linear.labels[torch.rand(options.rows, generator=torch.Generator().manual_seed(0)) > LABELLED] = -100
+    peer = on("triton", OursLinear())
+    peer.options = {"capacity": CAPACITY}
+    counts = count(lambda: peer.step(linear))
+    title = f"linear op, {LABELLED:.0%} labelled, capacity {CAPACITY:.0%}"
+    print("\n".join(lines(title, counts, *sizes, options.width)))
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -302,6 +303,21 @@ class OursTrainingERM(OursTraining):
     name = "robustdebias, ERM"
     groups = False
     objective = rd.ERM()
+
+
+class OursPacked(OursTraining):
+    """Nothing waits for the GPU: the op itself packs the labelled rows, with room for 20% of the positions."""
+
+    name = "rd_kernels, capacity 20%"
+    options = MappingProxyType({"capacity": 0.2})
+
+    def loss(self, inputs: StepInputs) -> Tensor:
+        encoded = inputs.model.bert(inputs.token_ids, attention_mask=inputs.attention_mask).last_hidden_state
+        head = inputs.model.cls.predictions
+        return self.function(
+            head.transform(encoded), head.decoder.weight, inputs.labels, inputs.groups, inputs.q, self.objective,
+            bias=head.decoder.bias, backend=self.backend, **self.options,
+        )  # fmt: skip
 
 
 # Other projects' linear losses in the same place.

@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch import Tensor
 import rd_kernels as rd
 from benchmarks.cases import DTYPES, STEP_SIZE, LinearCase, LinearInputs, LogitsInputs, Result
 from rd_kernels.backends import registry
-from rd_kernels.linear import DEFAULT_MEMORY_BUDGET, plan
+from rd_kernels.linear import default_memory_budget, plan
 
 
 @dataclass(frozen=True)
@@ -271,5 +273,20 @@ class OursLinearStored(OursLinear):
 
     def refuses(self, case: LinearCase) -> str | None:
         itemsize = DTYPES[case.dtype].itemsize
-        stored, _ = plan(case.rows, case.vocabulary, case.hidden, itemsize, DEFAULT_MEMORY_BUDGET)
+        budget = default_memory_budget(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        stored, _ = plan(case.rows, case.vocabulary, case.hidden, itemsize, budget)
         return "the default budget holds all rows" if stored == case.rows else None
+
+
+class OursLinearFused(OursLinear):
+    """The first GEMM is Triton's and leaves exponentials instead of logits."""
+
+    name = "rd_kernels, fused logits"
+    backend = "triton"
+
+    def refuses(self, case: LinearCase) -> str | None:
+        return None if case.dtype == "bf16" else "bfloat16 only"
+
+    def loss(self, inputs: LinearInputs) -> Tensor:
+        with patch.dict(os.environ, {registry.FUSED_LOGITS_VARIABLE: "1"}):
+            return super().loss(inputs)

@@ -27,6 +27,7 @@ from benchmarks.peers import (
     OursInPlace,
     OursLinear,
     OursLinearERM,
+    OursLinearFused,
     OursLinearStored,
     OursMean,
     Peer,
@@ -130,6 +131,7 @@ class LinearProblem(LinearCase):
             for name in BACKENDS
             for peer in (OursLinear(), OursLinearERM(), OursLinearStored())
         ]
+        ours.append(on("triton", OursLinearFused()))
         compiled = [Compiled(), CompiledMean()] if self == LINEAR[0] else []
         return [ThreeGemms(), *ours, Eager(), EagerMean(), *others.LINEAR, *others.LINEAR_MEAN, *compiled]
 
@@ -158,7 +160,7 @@ class StepProblem(StepCase):
         ours = [
             on(name, peer)
             for name in BACKENDS
-            for peer in (finetuning.OursTraining(), finetuning.OursTrainingERM())
+            for peer in (finetuning.OursTraining(), finetuning.OursTrainingERM(), finetuning.OursPacked())
         ]
         if self.compiled:
             return [*ours[:2], finetuning.Transformers(), finetuning.TransformersCompiled()]

@@ -25,7 +25,8 @@ MINUTES = 9.0  # where a command may take 10
 RESERVE = 80  # seconds the benchmark takes to start and to finish what it is at when its time is over
 SUITE = (
     "conformance", "cross_entropy", "group_dro", "linear", "ops", "inplace_backward",
-    "triton_backend", "gpu_groups", "gpu_kernels", "cuda_kernels",
+    "triton_backend", "gpu_groups", "gpu_kernels", "cuda_kernels", "gpu_linear", "capacity", "overflow", "triton_gemm",
+    "triton_fused_logits", "torch_integration",
 )  # fmt: skip
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,mig.mode.current"
 BENCHMARKS = ("logits", "linear", "step")  # each fills a command's time: one at a time
@@ -107,6 +108,16 @@ def steps(python: str, out: Path, capability: str) -> list[Step]:
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
             for name in SANITIZERS
+        ),
+        *(
+            Step(
+                f"{name} triton",
+                ((sanitizer, "--tool", name, "--error-exitcode", "1", *calls, "--backend", "triton"),),
+                240,  # most of it is Triton's compiler
+                ("compute-sanitizer", ".triton"),
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            for name in ("memcheck", "racecheck")
         ),
         *(
             Step(

@@ -13,6 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
+from rd_kernels import GroupDRO, functional
 from rd_kernels.backends.interface import Backend
 from rd_kernels.backends.registry import BACKENDS, get
 
@@ -110,6 +111,37 @@ def packing(backend: Backend, device: str, dtype: torch.dtype, count: int, width
     same((backend.scale_rows(on_device, scale.to(device), on_device),), (scaled,), TOLERANCE[dtype])
 
 
+def linear(backend: Backend, device: str, dtype: torch.dtype, options: dict[str, object]) -> None:
+    """The linear op forward and backward: a padded vocabulary, rows that fit, overflow or are computed again."""
+    count, vocabulary, width = 70, 2050, 48
+    hidden, weight, bias = (
+        torch.randn(count, width),
+        torch.randn(vocabulary, width) / 4,
+        torch.randn(vocabulary),
+    )
+    labels, members = torch.randint(vocabulary, (count,)), torch.arange(count) % 3
+    labels[::3] = -100
+    results = []
+    for name, place, extra in (("reference", "cpu", {}), (backend.name, device, options)):
+        leaves = [t.to(dtype).to(place).requires_grad_() for t in (hidden, weight, bias)]
+        if name == "reference":
+            leaves = [t.detach().double().requires_grad_() for t in leaves]
+        q = torch.full((3,), 1 / 3, device=place)
+        loss = functional.linear_group_dro_cross_entropy(
+            leaves[0], leaves[1], labels.to(place), members.to(place), q, GroupDRO(0.1), bias=leaves[2],
+            backend=name, **extra,
+        )  # fmt: skip
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for found, expected in zip(results[1], results[0], strict=True):
+        error = (found.cpu().double() - expected).norm() / expected.norm()
+        assert error <= 4 * TOLERANCE[dtype], f"{tuple(expected.shape)}: relative error {error:.3g}"
+
+
+LINEAR = (
+    {}, {"capacity": 50}, {"capacity": 20}, {"memory_budget": 20 * (2080 * 4 + 48 * 12)}, {"filter_eps": 1e-12},
+)  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", default="cuda", help="default: %(default)s")
@@ -135,6 +167,10 @@ def main() -> int:
     for dtype, count, width, first in itertools.product(served, (1, 1500), (5, 64), (0, 3)):
         packing(backend, options.device, dtype, count, width, first)
         calls += 1
+    for dtype, extra in itertools.product(served, LINEAR):
+        if "filter_eps" not in extra or dtype in backend.fusable:
+            linear(backend, options.device, dtype, extra)
+            calls += 1
     print(f"{calls} cases on {options.device} by {options.backend}: as the reference")
     return 0
 
