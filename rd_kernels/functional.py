@@ -191,7 +191,7 @@ def linear_group_dro_cross_entropy(
         filter_eps: None or 0: exact gradients. Above 0 the backward leaves out what is lightest in
             C = sum_ij |r_i U_ij|, with U = softmax - onehot and r_i the row's weight in the gradient, and holds at
             most this share of it: rows and vocabulary entries on a CPU; on a GPU tiles of the two, the vocabulary
-            sorted by mean logit (backend "triton", bfloat16 and float16, nothing waits for the device). Then the
+            sorted by mean logit (bfloat16 and float16; needs triton; nothing waits for the device). Then the
             errors' norms, added up over the rows of hidden's gradient, are at most filter_eps C max_j |weight_j|,
             and over the rows of weight's gradient at most filter_eps C max_i |hidden_i|; C <= 2 sum_i |r_i|, which
             is at most 2 |grad_out| where no row is in two groups. The loss, the group weights and bias's gradient
@@ -199,7 +199,7 @@ def linear_group_dro_cross_entropy(
 
     Raises: as there, and ValueError for shapes of hidden, weight and bias that do not fit, a budget below
     one row, a capacity below one row, a filter_eps outside [0, 1), or one above 0 on a GPU
-    for another backend or dtype than the above.
+    for another dtype or without triton.
     """
     adjustment = _adjustment(objective, group_weights)
     return linear_grouped_loss(
@@ -287,8 +287,8 @@ def linear_grouped_loss(
     on_gpu, fusable, preferred = linear_form(name, rows.dtype)
     if epsilon > 0 and not (fusable if on_gpu else device.type == "cpu"):
         raise ValueError(
-            f"filter_eps = {filter_eps} is served on a CPU, and on a GPU by backend='triton' for bfloat16 and float16, "
-            f"not by {name!r} for {rows.dtype} on {device}"
+            f"filter_eps = {filter_eps} is served on a CPU, and on a GPU for bfloat16 and float16 where triton is "
+            f"installed, not by {name!r} for {rows.dtype} on {device}"
         )
     filtered_tiles, order = on_gpu and epsilon > 0, None
     if filtered_tiles:

@@ -72,7 +72,16 @@ def test_what_cannot_be_started_is_missing(tmp_path):
 def test_steps_name_files_that_exist_and_the_native_code_of_the_gpu(tmp_path):
     every = {step.name: step for step in steps("python3", tmp_path, "9.0")}
     benchmarks = [f"bench {suite}" for suite in SUITES]
-    assert list(every) == ["describe", "build", "gpu tests", "suite", *gpu_check.SANITIZERS, "memcheck triton", "racecheck triton", *benchmarks]
+    assert list(every) == [
+        "describe",
+        "build",
+        "gpu tests",
+        "suite",
+        *gpu_check.SANITIZERS,
+        "memcheck triton",
+        "racecheck triton",
+        *benchmarks,
+    ]
     assert all(step.seconds <= 540 for step in every.values())
     assert every["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert gpu_check.architecture("8.0") == "8.0"

@@ -39,7 +39,7 @@ def inputs(rows=37, width=16, sharpness=1.0, dtype=torch.bfloat16):
     return hidden, weight, bias, labels, groups
 
 
-def run(hidden, weight, bias, labels, groups, grad_out=1.0, **options):
+def run(hidden, weight, bias, labels, groups, grad_out=1.0, backend="triton", **options):
     """-> loss, gradients, q"""
     leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
     q = torch.full((3,), 1 / 3)
@@ -174,16 +174,25 @@ def test_the_filter_with_a_capacity_and_a_small_budget():
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_the_filter_elsewhere_is_refused_by_name(backend):
-    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+def test_the_filter_is_refused_by_name_for_float32(backend):
     with on_device_of(backend):
-        hidden, weight, bias, labels, groups = inputs(dtype=dtype)
+        hidden, weight, bias, labels, groups = inputs(dtype=torch.float32)
         with pytest.raises(
-            ValueError, match=r"filter_eps = 0\.1 is served on a CPU, and on a GPU by backend='triton'"
+            ValueError, match=r"filter_eps = 0\.1 is served on a CPU, and on a GPU for bfloat16 and"
         ):
             functional.linear_group_dro_cross_entropy(
                 hidden, weight, labels, groups, torch.ones(3), bias=bias, backend=backend, filter_eps=0.1
             )
+
+
+@pytest.mark.parametrize("options", [{"filter_eps": 0.1}, {"capacity": 20}])
+def test_the_cuda_backend_borrows_triton_s_products(fused, options):
+    with on_device_of("cuda"):
+        problem = inputs()
+        a, b = (run(*problem, backend=name, **options) for name in ("cuda", "triton"))
+        torch.testing.assert_close(a[0], b[0])
+        for x, y in zip(a[1], b[1], strict=True):
+            assert (x - y).abs().max() <= 2 * EPSILON[torch.bfloat16] * y.abs().max()
 
 
 def test_compiled_with_exponentials(fused):

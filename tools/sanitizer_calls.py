@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def packing(backend: Backend, device: str, dtype: torch.dtype, count: int, width
     same((backend.scale_rows(on_device, scale.to(device), on_device),), (scaled,), TOLERANCE[dtype])
 
 
-def linear(backend: Backend, device: str, dtype: torch.dtype, options: dict[str, object]) -> None:
+def linear(backend: Backend, device: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """The linear op forward and backward: a padded vocabulary, rows that fit, overflow or are computed again."""
     count, vocabulary, width = 70, 2050, 48
     hidden, weight, bias = (
@@ -137,7 +138,7 @@ def linear(backend: Backend, device: str, dtype: torch.dtype, options: dict[str,
         assert error <= 4 * TOLERANCE[dtype], f"{tuple(expected.shape)}: relative error {error:.3g}"
 
 
-LINEAR = (
+LINEAR: tuple[dict[str, Any], ...] = (
     {}, {"capacity": 50}, {"capacity": 20}, {"memory_budget": 20 * (2080 * 4 + 48 * 12)}, {"filter_eps": 1e-12},
 )  # fmt: skip
 
@@ -168,7 +169,7 @@ def main() -> int:
         packing(backend, options.device, dtype, count, width, first)
         calls += 1
     for dtype, extra in itertools.product(served, LINEAR):
-        if "filter_eps" not in extra or dtype in backend.fusable:
+        if "filter_eps" not in extra or backend.fusable(dtype):
             linear(backend, options.device, dtype, extra)
             calls += 1
     print(f"{calls} cases on {options.device} by {options.backend}: as the reference")

@@ -193,16 +193,29 @@ class CUDABackend(NativeBackend):
         self._native.gather_rows(self._queue(x), self._matrix(x), index.data_ptr(), self._matrix(out))
         return out
 
-    # The rows beyond a capacity are Triton's, where it is installed: torch's way computes them where there are none.
+    # Products of our own are Triton's, where it is installed. Without it nothing is fused, and the rows beyond a capacity
+    # are computed by torch, also where there are none.
 
     def overflow_forward(self, *arguments):
-        return self._overflow.overflow_forward(*arguments)
+        return self._triton.overflow_forward(*arguments)
 
     def overflow_backward(self, *arguments):
-        self._overflow.overflow_backward(*arguments)
+        self._triton.overflow_backward(*arguments)
+
+    def fusable(self, dtype):
+        return self._triton.fusable(dtype)
+
+    def tile_count(self, vocabulary, device):
+        return self._triton.tile_count(vocabulary, device)
+
+    def exponentials(self, *arguments):
+        return self._triton.exponentials(*arguments)
+
+    def filtered_gradients(self, *arguments):
+        return self._triton.filtered_gradients(*arguments)
 
     @functools.cached_property
-    def _overflow(self) -> Backend:
+    def _triton(self) -> Backend:
         triton = get("triton")
         return triton if triton.missing() is None else Backend()
 

@@ -26,9 +26,10 @@ class Backend:
 
     name: str
     on_gpu = False  # its kernels are made for one, wherever they run: no choices by values, padded products
-    fusable: tuple[
-        torch.dtype, ...
-    ] = ()  # of hidden states whose product with the decoder ``exponentials`` can be
+
+    def fusable(self, dtype: torch.dtype) -> bool:
+        """Whether the linear op's first product can be ``exponentials`` for hidden states of this dtype."""
+        return False
 
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine and what to do about it; None if it can."""
@@ -120,7 +121,7 @@ class Backend:
 
         -> ``row_loss``, ``normaliser``, ``outcome`` as of ``row_forward``; ``factor`` [N] acc, 0 for a row that does
         not count, NaN where its loss is; ``tile_sums`` [T, N] acc, which add up to 1 / factor. E is 0 in the padding
-        and in rows of factor 0 or NaN. For the dtypes in ``fusable``.
+        and in rows of factor 0 or NaN. Only for ``fusable`` dtypes.
         """
         raise NotImplementedError
 

@@ -58,7 +58,7 @@ def linear_form(name: str, dtype: torch.dtype) -> tuple[bool, bool, bool]:
     if wish not in ("0", "1"):
         raise ValueError(f"{FUSED_LOGITS_VARIABLE} must be 0 or 1, got {wish!r}")
     # float16 has no room for the row weights' share of the normaliser.
-    return backend.on_gpu, dtype in backend.fusable, wish == "1" and dtype != torch.float16
+    return backend.on_gpu, backend.fusable(dtype), wish == "1" and dtype != torch.float16
 
 
 # What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes seconds and triton.

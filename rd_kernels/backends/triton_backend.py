@@ -34,7 +34,6 @@ _UPDATE_BLOCK = 256  # groups that the objective treats at a time
 class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
     name = "triton"
     on_gpu = True
-    fusable = (torch.bfloat16, torch.float16)
 
     def __init__(self) -> None:
         # The counters by which programs find out that they are the last, zero between kernels: one set for each

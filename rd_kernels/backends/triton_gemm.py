@@ -60,6 +60,9 @@ _SHORT = 16  # the depth where operands are not aligned: their elements then pas
 class TritonGEMM(Launcher):
     """The GEMMs of the linear op; a part of the Triton backend."""
 
+    def fusable(self, dtype: torch.dtype) -> bool:
+        return dtype in (torch.bfloat16, torch.float16)
+
     def gemm_tiles(self, device: torch.device) -> GEMMTiles:
         """``rows`` and ``columns`` are those of the tiles that ``tile_sums`` and ``live`` are about."""
         return GEMM_TILES[nearest(self._architecture_of(device), GEMM_TILES)]

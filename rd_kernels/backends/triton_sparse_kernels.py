@@ -252,6 +252,16 @@ def overflow_grad_hidden(
     tl.store(out, _rounded(result, grad_hidden.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _present(index, M, BLOCK: tl.constexpr):
+    """How many rows there are: ``index`` [M] is theirs up to the first -1."""
+    count = tl.zeros([], tl.int32)
+    for start in range(0, M, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        count += tl.sum((tl.load(index + places, mask=places < M, other=-1) >= 0).to(tl.int32), axis=0)
+    return count
+
+
 @triton.jit(do_not_specialize=["M", "normaliser_stride", "ignore_index"])
 def overflow_grad_weight(
     scale,  # [M] acc
@@ -277,8 +287,7 @@ def overflow_grad_weight(
     WIDTH: tl.constexpr,
 ):
     """Program (vocabulary, WIDTH of D): U^T diag(scale) H and, in the first WIDTH, U^T scale."""
-    first = tl.load(index)
-    if first < 0:
+    if tl.load(index) < 0:
         return
     columns = tl.program_id(0) * VOCABULARY + tl.arange(0, VOCABULARY)
     known = columns < V
@@ -287,8 +296,8 @@ def overflow_grad_weight(
     offset = _bias(bias, columns, V)
     weight_sum = tl.zeros([VOCABULARY, WIDTH], tl.float32)
     bias_sum = tl.zeros([VOCABULARY], tl.float32)
-    start_row = 0
-    while first >= 0:
+    # Counted, and not looked for row by row: triton 3.6 does not compile a product in a while loop.
+    for start_row in range(0, _present(index, M, 1024), ROWS):
         places, _, rows, _, target = _overflow_rows(index, labels, start_row, M, V, ignore_index, ROWS)
         factor, maximum, log_total = _factors(scale, normaliser, normaliser_stride, places, target)
         # Transposed from the start: U^T is the left side of the product below.
@@ -306,8 +315,6 @@ def overflow_grad_weight(
             block = _tile(hidden, hidden_stride, rows, factor != 0, width, D)
             product = _dot(_rounded(u * share[None, :], block.dtype), block, tl.zeros_like(weight_sum))
             weight_sum += top * product
-        start_row += ROWS
-        first = tl.load(index + start_row, mask=start_row < M, other=-1)
 
     if grad_bias is not None:
         mine = columns < tl.where(tl.program_id(1) == 0, V, 0)
