@@ -12,7 +12,9 @@ from rd_kernels.linear import plan
 ROWS, VOCABULARY, WIDTH = 640, 96, 16  # a budget holds a part of no fewer rows
 FEW = 16  # for kernels that are interpreted
 PRODUCT = 2 * ROWS * VOCABULARY * WIDTH
-KERNELS = ["row_forward", "group_partials", "group_totals", "group_update", "row_scale", "row_backward"]
+LOGITS_KERNELS = ["grouped_forward", "row_scale", "row_backward"]
+GROUP_KERNELS = ["group_partials", "group_totals", "group_update", "row_scale"]
+BETWEEN_PRODUCTS = ["scale_rows", "scale_rows", "column_partials", "column_totals"]
 
 
 def linear(backend, dtype="fp32", memory_budget=1 << 30, peer=None, rows=ROWS):
@@ -55,14 +57,29 @@ def test_the_logits_op_reads_twice_and_writes_once(peer):
     rows, vocabulary = 8, 8192
     inputs = LogitsCase(rows, vocabulary, "bf16", groups=3).inputs("cpu")
     counts = count(lambda: on("triton", peer).step(inputs))
-    assert counts.kernels == KERNELS
+    assert counts.kernels == LOGITS_KERNELS
     assert counts.flops == 0
     assert 6.0 <= counts.nbytes / (rows * vocabulary) < 6.1
 
 
-def test_the_linear_op_starts_the_same_kernels():
-    counts = linear("triton", "bf16", rows=FEW)
-    assert sorted(counts.kernels) == sorted(KERNELS)
+def test_the_kernels_of_the_linear_op():
+    counts = linear("triton", "fp32", rows=FEW)
+    assert counts.kernels == ["softmax_minus_onehot", *GROUP_KERNELS, *BETWEEN_PRODUCTS]
+
+
+def test_a_capacity_shrinks_the_products_and_adds_eight_kernels():
+    """16 rows of which 4 have a place: a quarter of the FLOPs, whatever the labels; no row is beyond."""
+    peer = on("triton", OursLinear())
+    peer.options = {"capacity": 4}
+    inputs = LinearCase(FEW, WIDTH, VOCABULARY, "fp32", groups=3).inputs("cpu")
+    inputs.labels[3:] = -100
+    counts = count(lambda: peer.step(inputs))
+    assert counts.flops == 3 * PRODUCT * 4 // ROWS
+    packing = ["compact_counts", "compact_places", "gather_rows"]
+    assert counts.kernels == [
+        *packing, "softmax_minus_onehot", "overflow_forward", *GROUP_KERNELS, "gather_rows", *BETWEEN_PRODUCTS,
+        "gather_rows", "overflow_grad_hidden", "overflow_grad_weight",
+    ]  # fmt: skip
 
 
 def test_it_prints_what_it_counted(monkeypatch, capsys):
@@ -71,6 +88,7 @@ def test_it_prints_what_it_counted(monkeypatch, capsys):
     assert counting.main() == 0
     printed = capsys.readouterr().out
     assert "3.00 products of 2 N V D FLOPs" in printed
-    assert "row_forward, group_partials" in printed
+    assert "grouped_forward, row_scale, row_backward" in printed
+    assert "capacity 20%" in printed
     monkeypatch.setattr(counting, "INTERPRETED", False)
     assert counting.main() == 2

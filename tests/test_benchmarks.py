@@ -29,7 +29,9 @@ from benchmarks.results import Row, Run, compare, load, ratio, save
 from benchmarks.tables import case_lines
 from tests.oracles import PublishedGroupDRO, members_of
 
-RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
+RESULTS = sorted(
+    (Path(__file__).parents[1] / "benchmarks" / "results").glob("c*-*.json")
+)  # cpu-, cuda-: runs
 LOGITS, LINEAR = LogitsCase(33, 301, groups=4), LinearCase(33, 16, 301, groups=4)
 
 

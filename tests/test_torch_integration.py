@@ -362,6 +362,19 @@ def test_torch_func_transforms_are_refused_by_name(backend, form, transform):
         assert torch.equal(model.q, torch.full((GROUPS,), 1 / GROUPS))
 
 
+def test_vmap_over_labels_is_refused_by_name(backend):
+    hidden, weight, groups = torch.randn(5, 4), torch.randn(7, 4), torch.zeros(5, dtype=torch.int64)
+    q = torch.ones(1)
+
+    def loss(labels):
+        return rd.functional.linear_group_dro_cross_entropy(
+            hidden, weight, labels, groups, q, backend=backend
+        )
+
+    with pytest.raises(RuntimeError, match=r"losses do not support torch\.func transforms"):
+        torch.func.vmap(loss)(torch.randint(7, (3, 5)))
+
+
 @pytest.mark.parametrize("form", ["logits", "linear", "cross-entropy"])
 def test_forward_mode_is_refused_by_name(backend, form):
     model, (x, *rest) = Model(form, backend), batch()

@@ -49,8 +49,6 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What is compiled unless dtypes are named, and stands in the table: each dtype somewhere, two minutes in all.
-_USUAL = {"sm_80": ("bf16",), "sm_90": ("bf16", "fp32"), "sm_100": ("bf16",), "gfx942": ("bf16", "fp16")}
 COST_TABLE = Path(__file__).parents[2] / "tests" / "triton_costs.json"
 UPDATE = "TRITON_INTERPRET= python -m rd_kernels.backends.triton_aot --update"
 _POINTERS = {
@@ -431,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rd_kernels.backends.triton_aot", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="ARCH")
     parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="of the logits; default: as in the table of costs"
+        "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the logits or hidden states"
     )
     parser.add_argument("--thorough", action="store_true", help="every combination of optional arguments")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the costs here")
@@ -439,13 +437,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--update", action="store_true", help=f"write {COST_TABLE.name}, which the tests compare with"
     )
     options = parser.parse_args(arguments)
-    if options.update and (options.dtype or options.thorough or set(options.target) != set(TARGETS)):
+    whole = set(options.dtype) == set(DTYPES) and set(options.target) == set(TARGETS)
+    if options.update and (options.thorough or not whole):
         parser.error("--update writes the whole table: it goes with no --target, --dtype or --thorough")
     costs = []
 
     def measured() -> Iterator[Cost]:
         for target in options.target:
-            for variant in variants(target, options.dtype or _USUAL[target], options.thorough):
+            for variant in variants(target, options.dtype, options.thorough):
                 costs.append(measure(variant, target))
                 yield costs[-1]
 

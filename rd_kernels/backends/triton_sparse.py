@@ -26,7 +26,7 @@ _GRAD_HIDDEN = {
     4: {"ROWS": 32, "VOCABULARY": 32, "DEPTH": 16, "WIDTH": 64, "num_warps": 4},
 }
 _GRAD_WEIGHT = {
-    2: {"ROWS": 32, "VOCABULARY": 64, "DEPTH": 32, "WIDTH": 128, "num_warps": 8},
+    2: {"ROWS": 32, "VOCABULARY": 64, "DEPTH": 32, "WIDTH": 64, "num_warps": 8},
     4: {"ROWS": 32, "VOCABULARY": 32, "DEPTH": 16, "WIDTH": 64, "num_warps": 8},
 }
 
