@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rd_kernels import functional
+from rd_kernels import functional, grouped
 from rd_kernels.objectives import GroupDRO, Objective
 from rd_kernels.report import GroupReport
 
@@ -146,7 +146,7 @@ class _GroupLoss(nn.Module):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
-    def _keep(self, result: functional.Grouped) -> Tensor:
+    def _keep(self, result: grouped.Grouped) -> Tensor:
         self._last = (result.stats, result.status, result.num_classes, result.places)
         return result.loss
 
@@ -211,7 +211,7 @@ class GroupDROLoss(_GroupLoss):
 
     def forward(self, logits: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
         return self._keep(
-            functional.grouped_loss(
+            grouped.grouped_loss(
                 logits, labels, groups, self._state(labels, groups), self.objective, self._adjustment,
                 self.ignore_index, self.process_group, self.inplace_backward, self.backend,
             )
@@ -244,14 +244,14 @@ class LinearGroupDROLoss(_GroupLoss):
         ):
             raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
         self.memory_budget = memory_budget
-        self.capacity = functional.check_capacity(capacity)
-        self.filter_eps = functional.check_filter_eps(filter_eps)
+        self.capacity = grouped.check_capacity(capacity)
+        self.filter_eps = grouped.check_filter_eps(filter_eps)
 
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, groups: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         return self._keep(
-            functional.linear_grouped_loss(
+            grouped.linear_grouped_loss(
                 hidden, weight, bias, labels, groups, self._state(labels, groups), self.objective,
                 self._adjustment, self.ignore_index, self.memory_budget, self.process_group, self.backend,
                 self.filter_eps, self.capacity,

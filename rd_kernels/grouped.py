@@ -1,0 +1,271 @@
+"""The grouped losses with their statistics: checks, the choice of backend and of the linear op's form, ops.
+
+What :mod:`rd_kernels.functional` and :mod:`rd_kernels.losses` share. Letters: N rows, V vocabulary, D hidden, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rd_kernels import distributed, ops
+from rd_kernels.backends.registry import linear_form, select
+from rd_kernels.gemm import leading_dimension
+from rd_kernels.groups import canonical_groups, canonical_labels, check_same_device
+from rd_kernels.linear import default_memory_budget, mean_logit_order, plan
+from rd_kernels.objectives import Objective
+
+__all__ = [
+    "Grouped",
+    "check_capacity",
+    "check_filter_eps",
+    "check_inplace",
+    "flat_rows",
+    "grouped_loss",
+    "linear_grouped_loss",
+]
+
+
+class Grouped(NamedTuple):
+    """A grouped loss and what the report needs: ``stats`` [4, G+2], ``status`` [2], V, and the linear op's places for
+    labelled rows where there are fewer of them than rows."""
+
+    loss: Tensor
+    stats: Tensor
+    status: Tensor
+    num_classes: int
+    places: int | None = None
+
+
+def grouped_loss(
+    logits: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    q: Tensor,
+    objective: Objective,
+    adjustment: Tensor | None,
+    ignore_index: int,
+    process_group: Any,
+    inplace_backward: bool,
+    backend: str,
+) -> Grouped:
+    """The logits op with its statistics; arguments as in :func:`rd_kernels.functional.group_dro_cross_entropy`."""
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.dim() == 0:
+        raise ValueError("logits must have shape [..., V], got a scalar")
+    _check_group_weights(q)
+    check_same_device("logits", logits.device, labels=labels, groups=groups, group_weights=q)
+    leading = logits.shape[:-1]
+    flat_labels = canonical_labels(labels, leading)
+    flat_groups = canonical_groups(groups, leading, q.shape[0])
+    rows = flat_rows(logits, "logits")
+    check_inplace(inplace_backward, rows, "logits")
+    name = select(backend, rows, q.shape[0])
+    rule = (objective.rule, objective.rate, adjustment)
+    ranks = distributed.world_size(process_group)
+    if ranks is None:
+        loss, stats, status, scale, normaliser = ops.grouped_forward(
+            rows.detach(), flat_labels, flat_groups, q, *rule, ignore_index, name
+        )
+    else:
+        row_loss, normaliser, outcome = ops.row_forward(
+            rows.detach(), flat_labels, None, 0.0, ignore_index, name
+        )
+        loss, stats, status, scale = distributed.reduce_and_update(
+            row_loss, outcome, flat_groups, q, rule, rows.shape[1], process_group, ranks, name
+        )
+    loss = ops.RowsLoss.apply(
+        rows, loss, scale, None, flat_labels, normaliser, None, 0.0, ignore_index, name, inplace_backward
+    )
+    return Grouped(loss, stats, status, rows.shape[1])
+
+
+def linear_grouped_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    groups: Tensor,
+    q: Tensor,
+    objective: Objective,
+    adjustment: Tensor | None,
+    ignore_index: int,
+    memory_budget: int | None,
+    process_group: Any,
+    backend: str,
+    filter_eps: float | None = None,
+    capacity: int | float | None = None,
+) -> Grouped:
+    """The linear op with its statistics; arguments as in :func:`rd_kernels.functional.linear_group_dro_cross_entropy`."""
+    device = hidden.device
+    epsilon = check_filter_eps(filter_eps)
+    _check_group_weights(q)
+    check_same_device(
+        "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, group_weights=q
+    )
+    if cast := torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(device.type))
+    _check_linear(hidden, weight, bias, cast)
+    num_classes = weight.shape[0]
+    leading = hidden.shape[:-1]
+    flat_labels = canonical_labels(labels, leading)
+    flat_groups = canonical_groups(groups, leading, q.shape[0])
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    name = select(backend, rows, q.shape[0])
+    on_gpu, fusable, preferred = linear_form(name, rows.dtype)
+    if epsilon > 0 and not (fusable if on_gpu else device.type == "cpu"):
+        raise ValueError(
+            f"filter_eps = {filter_eps} is served on a CPU, and on a GPU for bfloat16 and float16 where triton is "
+            f"installed, not by {name!r} for {rows.dtype} on {device}"
+        )
+    filtered_tiles, order = on_gpu and epsilon > 0, None
+    if filtered_tiles:
+        order = mean_logit_order(rows.detach(), weight.detach(), bias)
+        flat_labels, ignore_index = _labels_in_order(flat_labels, order, ignore_index), -100
+    height = leading_dimension(num_classes, rows.element_size()) if on_gpu else num_classes
+    weight = _decoder_rows(weight, height, rows.dtype, order)
+    bias = None if bias is None else _decoder_rows(bias, height, rows.dtype, order)
+    index = position = None
+    if device.type == "cpu" and not on_gpu and not torch.compiler.is_compiling():
+        # Shapes that depend on values cost nothing here: no capacity is needed.
+        labelled = (flat_labels != ignore_index).nonzero()[:, 0]
+        if len(labelled) < len(flat_labels):
+            rows, flat_labels, flat_groups = (
+                tensor.index_select(0, labelled) for tensor in (rows, flat_labels, flat_groups)
+            )
+        places = rows.shape[0]
+    elif (places := _places(capacity, rows.shape[0])) < rows.shape[0]:
+        index, position = ops.compact(flat_labels, ignore_index, name)
+        picked = index.clamp(min=0)
+        flat_labels = torch.where(index < 0, ignore_index, flat_labels.index_select(0, picked))
+        flat_groups = flat_groups.index_select(0, picked)
+    budget = default_memory_budget(device) if memory_budget is None else memory_budget
+    stored, block = plan(places, num_classes, rows.shape[1], rows.element_size(), budget)
+    layout = (num_classes, ignore_index, places, stored, block, filtered_tiles or (fusable and preferred))
+    row_loss, normaliser, outcome, *kept = ops.linear_forward(
+        rows.detach(),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        flat_labels,
+        index,
+        *layout,
+        name,
+    )
+    rule = (objective.rule, objective.rate, adjustment)
+    ranks = distributed.world_size(process_group)
+    if ranks is None:
+        loss, stats, status, scale = ops.reduce_and_update(
+            row_loss, outcome, flat_groups, q, *rule, num_classes, name
+        )
+    else:
+        loss, stats, status, scale = distributed.reduce_and_update(
+            row_loss, outcome, flat_groups, q, rule, num_classes, process_group, ranks, name
+        )
+    loss = ops.LinearRowsLoss.apply(
+        rows,
+        weight,
+        bias,
+        loss,
+        scale,
+        *kept,
+        normaliser,
+        flat_labels,
+        index,
+        position,
+        name,
+        epsilon,
+        *layout,
+    )
+    return Grouped(loss, stats, status, num_classes, None if index is None else places)
+
+
+def flat_rows(logits: Tensor, argument: str) -> Tensor:
+    """[..., V] -> [N, V] with unit stride along V."""
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{argument} must have at least one class, got shape {list(logits.shape)}")
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 or (rows.shape[1] == 1 and rows.is_contiguous()) else rows.contiguous()
+
+
+def check_inplace(inplace_backward: bool, rows: Tensor, argument: str) -> None:
+    if not inplace_backward:
+        return
+    owner = rows if rows._base is None else rows._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            f"inplace_backward would write the gradient over {argument}, which is a leaf: a parameter or an input "
+            "of yours and not the result of an operation"
+        )
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(f"inplace_backward needs {argument} whose rows do not share memory")
+
+
+def _check_group_weights(q: Tensor) -> None:
+    if q.dim() != 1 or q.shape[0] < 1 or q.dtype != torch.float32 or not q.is_contiguous():
+        raise ValueError(
+            f"group_weights must be a contiguous float32 tensor [G] with G >= 1, "
+            f"got {q.dtype} {list(q.shape)}"
+        )
+
+
+def _decoder_rows(x: Tensor, rows: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
+    """``x`` [V, ...] as ``dtype`` in this order, with zeros up to ``rows``."""
+    if x.shape[0] == rows and order is None:
+        return x.to(dtype)
+    return ops.DecoderRows.apply(x, rows, dtype, order)
+
+
+def _labels_in_order(labels: Tensor, order: Tensor, ignore_index: int) -> Tensor:
+    """Labels [N] as places in ``order`` [V]; -100 where they were ignored, -1 where they were out of range."""
+    vocabulary = order.shape[0]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(vocabulary, device=order.device))
+    inside = (labels >= 0) & (labels < vocabulary)
+    moved = torch.where(inside, place.index_select(0, labels.clamp(0, vocabulary - 1)), -1)
+    return torch.where(labels == ignore_index, -100, moved)
+
+
+def _places(capacity: int | float | None, rows: int) -> int:
+    """How many of the rows get a place in the linear op's buffer."""
+    if capacity is None:
+        return rows
+    return min(rows, math.ceil(capacity * rows) if isinstance(capacity, float) else capacity)
+
+
+def check_capacity(capacity: int | float | None) -> int | float | None:
+    """As given. ValueError unless it is None, a number of rows, or a share of them in (0, 1] as a float."""
+    share = isinstance(capacity, float) and 0 < capacity <= 1
+    rows = isinstance(capacity, int) and not isinstance(capacity, bool) and capacity >= 1
+    if capacity is not None and not share and not rows:
+        raise ValueError(
+            f"capacity must be None, a number of rows >= 1, or a share of the rows as a float in (0, 1], got {capacity!r}"
+        )
+    return capacity
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> None:
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden must be floating point, got {hidden.dtype}")
+    if hidden.dim() == 0:
+        raise ValueError("hidden must have shape [..., D], got a scalar")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must have shape [V, {hidden.shape[-1]}] with V >= 1, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not cast and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, but hidden is {hidden.dtype}: they must agree")
+
+
+def check_filter_eps(filter_eps: float | None) -> float:
+    """0.0 for None. ValueError unless it is a number in [0, 1)."""
+    if filter_eps is None:
+        return 0.0
+    if isinstance(filter_eps, bool) or not isinstance(filter_eps, (int, float)) or not 0 <= filter_eps < 1:
+        raise ValueError(f"filter_eps must be None or a number in [0, 1), got {filter_eps!r}")
+    return float(filter_eps)
