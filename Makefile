@@ -14,7 +14,7 @@ TEST_JOBS   ?= 2
 NATIVE := $(shell find csrc build_support -type f -not -name '*.pyc' 2>/dev/null) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench bench-quick bench-compare gpu-check bench-gpu wheel wheel-check clean
+.PHONY: help demo test coverage test-slow lint format bench bench-quick bench-compare gpu-check bench-gpu wheel wheel-check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,8 +28,11 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 demo: $(STAMP) ## fine-tune a BERT with ERM and with Group DRO, compare loss and bias
 	$(BIN)/robustdebias demo $(DEMO_ARGS)
 
-test: $(STAMP) ## build and run the whole suite but the slow tests and those for a GPU, with coverage
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
+test: $(STAMP) ## build and run the whole suite but the slow tests and those for a GPU
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST_ARGS)
+
+coverage: ## the same, with coverage, which slows the interpreted kernels down
+	$(MAKE) test PYTEST_ARGS="--cov --cov-report=term $(PYTEST_ARGS)"
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
