@@ -203,7 +203,7 @@ def backward(
                 if grad_rows is not None and grad_some is not None:
                     grad_rows[block] = grad_some
                 if grad_weight is not None and grad_weight_some is not None:
-                    grad_weight.copy_(grad_weight_some)
+                    grad_weight = grad_weight_some.to(total_dtype)
                 if grad_bias is not None:
                     backend.add_column_sums(stored.unweighted, kept_scale, grad_bias)
             else:

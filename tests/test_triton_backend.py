@@ -69,8 +69,8 @@ def test_counters_are_kept_and_left_at_zero():
         (counters,) = backend._counters.values()
         assert counters.dtype == torch.int32
         assert counters.count_nonzero() == 0
-    assert backend._zeros(7, counters.device) is counters
-    larger = backend._zeros(counters.numel() + 1, counters.device)
+    assert backend._counters.zeros(7, counters.device) is counters
+    larger = backend._counters.zeros(counters.numel() + 1, counters.device)
     assert larger.numel() > counters.numel()
     assert larger.count_nonzero() == 0
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.interface import Backend
+from rd_kernels.backends.interface import Backend, Counters, with_unit_stride
 from rd_kernels.backends.native import NativeBackend, address, dtype_name
 from rd_kernels.backends.registry import get
 
@@ -37,9 +37,7 @@ class CUDABackend(NativeBackend):
     on_gpu = True
 
     def __init__(self) -> None:
-        # The counters by which blocks find out that they are the last, zero between kernels: one set for each
-        # stream, because kernels of different streams run at the same time.
-        self._counters: dict[tuple[torch.device, int], Tensor] = {}
+        self._counters = Counters()
 
     def missing(self) -> str | None:
         if not isinstance(self._loaded, ModuleType):
@@ -167,7 +165,7 @@ class CUDABackend(NativeBackend):
         return loss, stats, status, self.row_scale(coefficients, outcome, groups), normaliser
 
     def scale_rows(self, x, scale, out):
-        x = _with_unit_stride(x)
+        x = with_unit_stride(x)
         self._native.scale_rows(self._queue(x), self._matrix(x), scale.data_ptr(), self._matrix(out))
         return out
 
@@ -188,7 +186,7 @@ class CUDABackend(NativeBackend):
         return index, position, count
 
     def gather_rows(self, x, index):
-        x = _with_unit_stride(x)
+        x = with_unit_stride(x)
         out = torch.empty((index.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
         self._native.gather_rows(self._queue(x), self._matrix(x), index.data_ptr(), self._matrix(out))
         return out
@@ -236,24 +234,9 @@ class CUDABackend(NativeBackend):
         chunks = max(1, -(-row_loss.numel() // self._native.chunk_rows))
         sums = chunks * 3 * (num_groups + 2)
         partials = torch.empty(sums + 2 * chunks, dtype=torch.float32, device=row_loss.device)
-        counters = self._zeros(1 + chunks, row_loss.device)
+        counters = self._counters.zeros(1 + chunks, row_loss.device)
         start = partials.data_ptr()
         return self._native.Scratch(start, start + 4 * sums, counters.data_ptr()), (partials, counters)
-
-    def _zeros(self, size: int, device: torch.device) -> Tensor:
-        """``size`` int32 counters that are 0 now, and that the kernel leaves so."""
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                # A graph may run at the same time as the stream it was captured on, so it has its own.
-                return torch.zeros(size, dtype=torch.int32, device=device)
-            key = (device, torch._C._cuda_getCurrentRawStream(device.index))
-        else:
-            key = (device, 0)
-        counters = self._counters.get(key)
-        if counters is None or counters.numel() < size:
-            counters = torch.zeros(max(1024, 2 * size), dtype=torch.int32, device=device)
-            self._counters[key] = counters
-        return counters
 
     def _matrix(self, x: Tensor) -> Any:  # [N, D], unit stride along D
         return self._native.Matrix(x.data_ptr(), dtype_name(x.dtype), *x.shape, x.stride(0))
@@ -274,7 +257,3 @@ class CUDABackend(NativeBackend):
         if isinstance(self._loaded, ImportError):
             raise RuntimeError(self.missing()) from self._loaded
         return self._loaded
-
-
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BAD_LABEL", "HIT", "IGNORED", "MISS", "Backend"]
+__all__ = ["BAD_LABEL", "HIT", "IGNORED", "MISS", "Backend", "Counters", "with_unit_stride"]
 
 # What became of a row in the row pass.
 MISS, HIT, IGNORED, BAD_LABEL = 0, 1, 2, 3
@@ -311,3 +311,27 @@ class Backend:
         stats, status = self.group_reduce(row_loss, outcome, groups, q.numel())
         loss, coefficients = self.group_update(stats, status, q, objective, step_size, adjustment)
         return loss, stats, status, self.row_scale(coefficients, outcome, groups)
+
+
+class Counters(dict[tuple[torch.device, int], Tensor]):
+    """Those by which blocks or programs of a kernel find out that they are the last: zero between kernels, one set for
+    each device and stream, because kernels of different streams run at the same time."""
+
+    def zeros(self, size: int, device: torch.device) -> Tensor:
+        """``size`` int32 counters that are 0 now, and that the kernel leaves so."""
+        stream = 0
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                # A graph may run at the same time as the stream it was captured on, so it has its own.
+                return torch.zeros(size, dtype=torch.int32, device=device)
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+        counters = self.get((device, stream))
+        if counters is None or counters.numel() < size:
+            counters = torch.zeros(max(1024, 2 * size), dtype=torch.int32, device=device)
+            self[device, stream] = counters
+        return counters
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """``x`` [N, D] with unit stride along D."""
+    return x if x.stride(1) == 1 else x.contiguous()

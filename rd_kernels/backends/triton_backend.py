@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from rd_kernels.backends.interface import Backend
+from rd_kernels.backends.interface import Backend, Counters
 from rd_kernels.backends.triton_configs import Config, choose
 from rd_kernels.backends.triton_gemm import TritonGEMM
 from rd_kernels.backends.triton_linear import TritonLinear
@@ -36,9 +36,7 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
     on_gpu = True
 
     def __init__(self) -> None:
-        # The counters by which programs find out that they are the last, zero between kernels: one set for each
-        # stream, because kernels of different streams run at the same time.
-        self._counters: dict[tuple[torch.device, int], Tensor] = {}
+        self._counters = Counters()
 
     def missing(self) -> str | None:
         try:
@@ -137,7 +135,7 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
             )
         row_loss, normaliser, outcome = _row_results(rows, device)
         chunk_rows, partials, bad = _chunk_sums(rows, num_groups, device)
-        scratch = (partials, bad, self._zeros(1 + len(bad), device))
+        scratch = (partials, bad, self._counters.zeros(1 + len(bad), device))
         stats, status, loss, coefficients = results = _group_results(num_groups, device)
         strides = (logits.stride(0), normaliser.stride(0))
         self._launch(
@@ -213,20 +211,6 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
         config = self._config(kernel, logits)
         assert config is not None, "the table serves every vocabulary"
         return _options(config)
-
-    def _zeros(self, size: int, device: torch.device) -> Tensor:
-        """``size`` int32 counters that are 0 now, and that the kernel leaves so."""
-        stream = 0
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                # A graph may run at the same time as the stream it was captured on, so it has its own.
-                return torch.zeros(size, dtype=torch.int32, device=device)
-            stream = torch.cuda.current_stream(device).cuda_stream
-        counters = self._counters.get((device, stream))
-        if counters is None or counters.numel() < size:
-            counters = torch.zeros(max(1024, 2 * size), dtype=torch.int32, device=device)
-            self._counters[device, stream] = counters
-        return counters
 
 
 def _options(config: Config) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rd_kernels.backends.interface import with_unit_stride
 from rd_kernels.backends.triton_launcher import Launcher
 
 __all__ = ["TritonLinear"]
@@ -18,7 +19,7 @@ class TritonLinear(Launcher):
     """The part of TritonBackend that serves the linear op."""
 
     def scale_rows(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        x = x if x.stride(1) == 1 else x.contiguous()
+        x = with_unit_stride(x)
         rows, width = x.shape
         self._launch(
             "scale_rows",

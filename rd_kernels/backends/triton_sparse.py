@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rd_kernels.backends.interface import with_unit_stride
 from rd_kernels.backends.triton_launcher import Launcher
 
 __all__ = ["TritonSparse"]
@@ -55,7 +56,7 @@ class TritonSparse(Launcher):
         return index, position, count
 
     def gather_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        x = _with_unit_stride(x)
+        x = with_unit_stride(x)
         width, warp = x.shape[1], 64 if self._architecture_of(x.device).startswith("gfx") else 32
         out = torch.empty((index.numel(), width), dtype=x.dtype, device=x.device)
         columns = min(_WIDEST, max(32, 1 << (width - 1).bit_length()))
@@ -136,8 +137,4 @@ class TritonSparse(Launcher):
 
 
 def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return _with_unit_stride(hidden), _with_unit_stride(weight), None if bias is None else bias.contiguous()
-
-
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+    return with_unit_stride(hidden), with_unit_stride(weight), None if bias is None else bias.contiguous()
