@@ -112,7 +112,15 @@ extensions = [
 setup(
     packages=find_packages(include=["rd_kernels", "rd_kernels.*"]) + find_packages("python"),
     package_dir={"robustdebias": "python/robustdebias"},
-    package_data={"robustdebias": ["demo_assets.txt", "lexicons/**", "data/**"]},
+    package_data={
+        "robustdebias": [
+            "demo_assets.txt",
+            "lexicons/**",
+            "counterfactuals/**",
+            "experiments/templates/**",
+            "data/**",
+        ]
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -12,10 +12,11 @@ from robustdebias.checkpoint import read_json, write_json
 from robustdebias.config import OBJECTIVES, TrainConfig
 from robustdebias.corpus import load_corpus
 from robustdebias.demo_assets import fetch
-from robustdebias.experiment import Suite, as_results, benchmark_files, fine_tune, headline
+from robustdebias.finetuning import as_results, fine_tune
 from robustdebias.modeling import fingerprint, load
 from robustdebias.preparation import annotator_for, prepare, words_within
 from robustdebias.report import comparison_table, write_report
+from robustdebias.suite import Suite, benchmark_files, headline
 
 __all__ = ["HEAD_FILE", "run_demo"]
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from robustdebias import bert
+from robustdebias.adapters import ADAPTERS
 
 __all__ = [
-    "ADAPTERS",
     "HeadInputs",
     "check_length",
     "fingerprint",
@@ -121,8 +120,6 @@ def has_adapter(model: Any) -> bool:
 
 _ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
-Adapter = Callable[[Any, dict[str, Tensor], Tensor], tuple[Tensor, "Tensor | None", "Tensor | None"]]
-
 
 def _full_logits(
     model: Any, inputs: dict[str, Tensor], positions: Tensor
@@ -135,12 +132,6 @@ def _full_logits(
             stacklevel=3,
         )
     return model(**inputs).logits.flatten(0, 1)[positions], None, None
-
-
-# To support another architecture, add its `config.model_type` here with a function that takes the model, the
-# encoder's inputs and the labelled positions [M] of the flattened batch, and returns what the decoder is applied
-# to [M, D], the decoder's weight [V, D] and its bias [V] or None.
-ADAPTERS: dict[str, Adapter] = {"bert": bert.decoder_inputs}
 
 
 def fingerprint(model: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from robustdebias.modeling import ADAPTERS
+from robustdebias.adapters import ADAPTERS
 
 __all__ = [
     "Query", "evaluating", "fingerprint", "log_probabilities", "logits_at", "lowercases", "progress_bar", "tokenize",

@@ -1,0 +1,105 @@
+"""A fine-tuning run with its measures: train, save, measure; read again what an earlier call has done."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import rd_kernels as rd
+from robustdebias.checkpoint import RunDirectory, read_json, write_json
+from robustdebias.config import TrainConfig
+from robustdebias.corpus import OTHER
+from robustdebias.groups import GroupAnnotator
+from robustdebias.modeling import load
+from robustdebias.preparation import PreparedCorpus
+from robustdebias.suite import Suite
+from robustdebias.training import train
+
+__all__ = ["as_results", "environment", "fine_tune", "read_run"]
+
+
+def fine_tune(
+    config: TrainConfig,
+    load_start: Callable[[], tuple[Any, Any]],
+    corpus: PreparedCorpus,
+    suite: Suite,
+    out_dir: str | Path,
+    *,
+    annotator: GroupAnnotator | None = None,
+    start: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    notes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train, then measure the saved model; with ``resume``, whatever is done already is read instead.
+
+    Args:
+        load_start: gives the model and tokenizer to start from.
+        start: the start's evaluation, where it is known; else it is measured too.
+
+    Returns the run's entry in a report: config, history, evaluation, train_seconds, tokens_per_second, and
+    start, groups, environment. Raises as :func:`robustdebias.training.train`.
+    """
+    run = RunDirectory(out_dir)
+    run.check(resume=resume, overwrite=overwrite)  # before the work of loading
+    names = list(corpus.group_names)
+    if config.group_level == "token" and OTHER not in names:
+        names.append(OTHER)
+    model, tokenizer = load_start()
+    train(
+        config, model.to(device), tokenizer, corpus.train, names, out_dir, annotator=annotator,
+        evaluate=lambda model: suite.held_out(model, tokenizer, detailed=False),
+        resume=resume, overwrite=overwrite, notes=notes,
+    )  # fmt: skip
+    if not (run.metrics.is_file() and read_json(run.metrics)["suite"] == suite.describe()):
+        model, tokenizer = load(run.model)  # as others will load it
+        evaluation = suite.measure(model.to(device), tokenizer)
+        if start is None:
+            model, tokenizer = load_start()
+            start = suite.measure(model.to(device), tokenizer)
+        write_json(run.metrics, {
+            "suite": suite.describe(), "evaluation": evaluation, "start": {"evaluation": start},
+            "groups": asdict(corpus.coverage), "environment": environment(),
+        })  # fmt: skip
+    return read_run(out_dir)
+
+
+def read_run(directory: str | Path) -> dict[str, Any]:
+    """A finished run's entry in a report. Raises ValueError if there is none in ``directory``."""
+    run = RunDirectory(directory)
+    entry = run.read_result()
+    if entry is None:
+        state = "is not finished; go on with --resume" if run.config.is_file() else "holds no run"
+        raise ValueError(f"{directory} {state}")
+    if run.metrics.is_file():
+        entry.update(read_json(run.metrics))
+    return entry
+
+
+def as_results(runs: Mapping[str, dict[str, Any]], title: str, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs by name -> what :mod:`robustdebias.report` takes. They share start, groups and environment."""
+    first = next(iter(runs.values()))
+    shared = {key: first.get(key, {}) for key in ("start", "groups", "environment")}
+    return {"title": title, "runs": dict(runs), **shared, "notes": list(notes)}
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were made with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rd_kernels": rd.__version__,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
