@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RunDirectory", "read_json", "write_json"]
+__all__ = ["RunDirectory", "read_json", "write_json", "write_text"]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -27,7 +27,11 @@ def write_json(path: Path, value: Any) -> None:
 
     Raises ValueError for a number that JSON has no word for (NaN, infinity).
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As :func:`write_json`, of any text."""
     _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
