@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, SIZES, make_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM
 
 import rd_kernels as rd
 from robustdebias import modeling
@@ -17,30 +17,9 @@ from robustdebias.adapters import ADAPTERS, adapter_of
 from robustdebias.evaluation.scoring import logits_at
 from robustdebias.modeling import HeadInputs, masked_lm_inputs
 
-B, T, V, D, E = 5, 12, 113, 32, 16
+B, T, E = 5, 12, 16
+V, D = SIZES["vocab_size"], SIZES["hidden_size"]
 
-SIZES = {
-    "vocab_size": V, "num_hidden_layers": 2, "hidden_size": D, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 24, "initializer_range": 0.2, "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
-OWN_SIZES: dict[str, dict[str, Any]] = {
-    "albert": {"embedding_size": E},
-    "distilbert": {"hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0},
-    "electra": {"embedding_size": E},
-    # Layers of both kinds. Windows as wide as leave every padding token a real one in sight: Transformers' eager
-    # attention gives NaN in float64 for those that have none.
-    "modernbert": {
-        "local_attention": 16,
-        "global_attn_every_n_layers": 2,
-        "pad_token_id": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "cls_token_id": 0,
-        "sep_token_id": 1,
-    },
-}
-ARCHITECTURES = sorted(ADAPTERS)
 LIKE_BERT = [name for name in ARCHITECTURES if name not in ("albert", "modernbert")]
 VARIANTS = {
     "electra, as wide as its embeddings": ("electra", {"embedding_size": D}),
@@ -65,20 +44,6 @@ VARIANTS = {
 
 # Attention doesn't feel a shift of all keys: what their bias gets is rounding.
 KEY_BIASES = ("key.bias", "k_lin.bias", "attn.k.bias", "key_proj.bias")
-
-
-def make_model(kind: str, attention: str = "sdpa", **changes: Any) -> Any:
-    """Random weights, biases and norms included, so that none of them can be left out unseen. In eval mode."""
-    torch.manual_seed(0)
-    settings = {**SIZES, **OWN_SIZES.get(kind, {}), **changes}
-    model = AutoModelForMaskedLM.from_config(
-        AutoConfig.for_model(kind, **settings), attn_implementation=attention
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def make_batch(model: Any, padding: str = "right") -> dict[str, Tensor]:
@@ -189,10 +154,12 @@ def dropouts(module: nn.Module) -> list[nn.Dropout]:
     return [part for part in module.modules() if isinstance(part, nn.Dropout)]
 
 
+def layers_of(model: Any) -> nn.ModuleList:
+    return (model.distilbert.transformer if hasattr(model, "distilbert") else model.base_model.encoder).layer
+
+
 def last_layer(model: Any) -> Any:
-    return (model.distilbert.transformer if hasattr(model, "distilbert") else model.base_model.encoder).layer[
-        -1
-    ]
+    return layers_of(model)[-1]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -230,6 +197,9 @@ def test_the_last_layer_drops_out_at_its_rates(kind: str) -> None:
 @pytest.mark.parametrize(
     "kind", [kind for kind in ARCHITECTURES if kind != "albert"]
 )  # which has no checkpointing
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable`:FutureWarning"
+)  # the name that all 5.x know
 def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
     model = make_model(kind).train()
     model.gradient_checkpointing_enable()
@@ -311,12 +281,7 @@ def test_queries_of_the_last_layer_are_computed_at_labelled_positions_alone(kind
 
 
 def wrap_layer(model: Any) -> None:
-    layers = last_layer_list(model)
-    layers[-1] = Wrapper(layers[-1])
-
-
-def last_layer_list(model: Any) -> nn.ModuleList:
-    return (model.distilbert.transformer if hasattr(model, "distilbert") else model.base_model.encoder).layer
+    layers_of(model)[-1] = Wrapper(last_layer(model))
 
 
 def wrap_attention(model: Any) -> None:
