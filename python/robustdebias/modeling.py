@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustdebias.adapters import ADAPTERS
+from robustdebias.adapters import ADAPTERS, adapter_of
 
 __all__ = [
     "HeadInputs",
@@ -24,6 +24,7 @@ __all__ = [
     "load",
     "masked_lm_inputs",
     "pick_device",
+    "position_limit",
     "quiet_transformers",
 ]
 
@@ -38,6 +39,7 @@ class HeadInputs(NamedTuple):
     weight: Tensor | None  # [V, D]
     labels: Tensor  # [M]
     groups: Tensor  # [M, G] bool
+    texts: Tensor  # [M] int64: the sequence of the batch that a labelled position is in
     bias: Tensor | None = None  # [V]
 
 
@@ -97,41 +99,52 @@ def masked_lm_inputs(model: Any, batch: Mapping[str, Tensor]) -> HeadInputs:
 
     Args:
         batch: input_ids, attention_mask, labels [B, T] int64 (-100: no label), groups bool [B, G] or
-            [B, T, G]; token_type_ids where the model has them.
+            [B, T, G]; token_type_ids where the model has them. Maybe positions int64 [M]: where ``labels``,
+            flattened, has labels, ascending, from whoever made them on the host. Counting them here makes the
+            host wait for a GPU.
+
+    Raises: ValueError for ``positions`` of another shape or dtype. Their values are believed: a label they leave
+    out does not count, one that is -100 is ignored by the loss.
 
     Models without an adapter compute all logits; a UserWarning says so once.
     """
-    labels = batch["labels"].flatten()
-    positions = (labels != -100).nonzero()[:, 0]  # [M] in the flattened batch
+    labels, groups = batch["labels"], batch["groups"]
+    positions = batch.get("positions")  # [M] in the flattened batch
+    if positions is None:
+        positions = (labels.flatten() != -100).nonzero()[:, 0]
+    elif positions.dim() != 1 or positions.dtype != torch.int64:
+        raise ValueError(f"positions: expected int64 [M], got {positions.dtype} {list(positions.shape)}")
     encoder_inputs = {key: batch[key] for key in _ENCODER_INPUTS if key in batch}
-    adapter = ADAPTERS.get(model.config.model_type, _full_logits)
-    hidden, weight, bias = adapter(model, encoder_inputs, positions)
-    groups = batch["groups"]
-    per_row = (
-        groups.flatten(0, 1) if groups.dim() == 3 else groups.repeat_interleave(batch["labels"].shape[1], 0)
-    )
-    return HeadInputs(hidden, weight, labels[positions], per_row[positions], bias)
+    adapter = adapter_of(model)
+    if adapter is None:
+        _say_full_logits(model)
+        logits = model(**encoder_inputs).logits  # [B, T, V]
+        hidden, weight, bias = logits.flatten(0, 1)[positions], None, None
+    else:
+        hidden, weight, bias = adapter(model, encoder_inputs, positions)
+    texts = positions // labels.shape[1]
+    of_rows = groups.flatten(0, 1)[positions] if groups.dim() == 3 else groups[texts]
+    return HeadInputs(hidden, weight, labels.flatten()[positions], of_rows, texts, bias)
 
 
 def has_adapter(model: Any) -> bool:
     """Whether the model's decoder goes through the linear op; else its full logits go to the logits op."""
-    return model.config.model_type in ADAPTERS
+    return adapter_of(model) is not None
 
 
 _ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def _full_logits(
-    model: Any, inputs: dict[str, Tensor], positions: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if not getattr(model, "_said_full_logits", False):
-        model._said_full_logits = True
-        warnings.warn(
-            f"no adapter for model type {model.config.model_type!r}: its logits are computed at every position "
-            f"(adapters: {', '.join(sorted(ADAPTERS))})",
-            stacklevel=3,
-        )
-    return model(**inputs).logits.flatten(0, 1)[positions], None, None
+def _say_full_logits(model: Any) -> None:
+    if getattr(model, "_said_full_logits", False):
+        return
+    model._said_full_logits = True
+    kind = model.config.model_type
+    if kind in ADAPTERS:
+        reason = f"the decoder of this {kind!r} model is not a linear layer as it was built"
+    else:
+        reason = f"no adapter for model type {kind!r} (there are adapters for {', '.join(sorted(ADAPTERS))})"
+    warnings.warn(f"{reason}: its logits are computed at every position", stacklevel=3)
 
 
 def fingerprint(model: Any) -> str:
@@ -143,11 +156,29 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def position_limit(model: Any) -> int | None:
+    """The most tokens of a sequence, special ones included; None if the model's configuration names no limit.
+
+    RoBERTa and its descendants count positions from the padding id + 1 on: of 514 there are 512 for tokens.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    first = _first_position(model)
+    return None if positions is None else positions - first
+
+
 def check_length(model: Any, max_length: int) -> None:
     """Raises ValueError if the model has fewer positions than ``max_length``."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ValueError(f"max_length: {max_length} tokens, but the model has {positions} positions")
+    limit = position_limit(model)
+    if limit is not None and max_length > limit:
+        raise ValueError(f"max_length: {max_length} tokens, but the model has {limit} positions")
+
+
+def _first_position(model: Any) -> int:
+    """The position of a sequence's first token: behind the padding's, where padding has a position of its own."""
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -180,6 +211,12 @@ def _check_tokenizer(source: str, model: Any, tokenizer: Any) -> None:
     for name in ("mask_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:
             raise ValueError(f"model: the tokenizer of {source} has no {name.removesuffix('_id')}")
+    padding = _first_position(model) - 1
+    if padding >= 0 and tokenizer.pad_token_id != padding:
+        raise ValueError(
+            f"model: {source} counts positions by leaving out the padding id {padding}, but its tokenizer pads "
+            f"with {tokenizer.pad_token_id}"
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # Sentence encoders ship with both switched on: texts would be cut and padded behind our back.
