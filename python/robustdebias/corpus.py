@@ -52,8 +52,9 @@ def load_corpus(
         label_field: the column with ready-made group labels, a string or a list of strings, or several such columns;
             an absent or empty label becomes "other". None: the texts are still to be annotated (BOLD's always have
             their labels).
-        label_axis: say of which axis a label is, "gender:female": the axis is the column's name, in BOLD the file's
-            without "_wiki" ("gender:American_actors"). Groups at the level of attributes or intersections need it.
+        label_axis: say of which axis a label is, "gender:female", where it does not itself: the axis is the column's
+            name, in BOLD the file's without "_wiki" ("gender:American_actors"). Groups at the level of attributes or
+            intersections need it.
         document_field: the column that names the document; None: each record is a document.
         limit: keep the first `limit` texts, in the corpus's own order.
 

@@ -70,8 +70,8 @@ class Fields:
         return [self.label(field, label) for label in labels if label]
 
     def label(self, axis: str, value: str) -> str:
-        """The label as it is to be called."""
-        return f"{axis}:{value}" if self.axis and value != OTHER else value
+        """The label as it is to be called. One that names an axis itself keeps it."""
+        return f"{axis}:{value}" if self.axis and value != OTHER and ":" not in value else value
 
 
 def read_file(path: Path, fields: Fields) -> Iterator[Example]:
