@@ -1,4 +1,4 @@
-"""Which demographic groups a text speaks of: readable lexicons, an annotator, and how much text each group gets.
+"""Which demographic groups a text speaks of: readable lexicons, and an annotator.
 
 A text may belong to several groups; one in which nothing is found belongs to "other". Letters: B texts, G groups.
 """
@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from robustdebias.corpus import OTHER, Example, read_lines
+from robustdebias.coverage import Coverage, membership
 from robustdebias.sentences import starts_sentence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "LEXICON_DIR", "Coverage", "GroupAnnotator", "Lexicon", "Mention", "builtin_lexicons", "collect_names",
@@ -42,8 +43,13 @@ class Lexicon:
     terms: dict[tuple[str, ...], str | None]
 
     def merged(self, value: str = "any") -> Lexicon:
-        """The same terms as one class, for a corpus that has too little text of each: "religion:any"."""
-        return Lexicon(self.name, (value,), {term: old and value for term, old in self.terms.items()})
+        """The same terms as one class, for a corpus that has too little text of each: "religion:any".
+
+        With an empty value the group has the lexicon's name alone: "religion".
+        """
+        return Lexicon(
+            self.name, (value,), {term: None if old is None else value for term, old in self.terms.items()}
+        )
 
 
 class Mention(NamedTuple):
@@ -88,7 +94,7 @@ class GroupAnnotator:
     """
 
     names: list[str]
-    """The groups, `lexicon:class` in the order of the lexicons, "other" last."""
+    """The groups, `lexicon:class` (`lexicon` for an empty class) in the order of the lexicons, "other" last."""
 
     def __init__(self, lexicons: Iterable[Lexicon | str | Path], *, cased: bool = True) -> None:
         loaded = [lexicon if isinstance(lexicon, Lexicon) else load_lexicon(lexicon) for lexicon in lexicons]
@@ -98,14 +104,14 @@ class GroupAnnotator:
                 f"lexicons: expected at least one, of distinct names, got {[x.name for x in loaded]}"
             )
         self.cased = cased
-        self.names = [f"{lexicon.name}:{value}" for lexicon in loaded for value in lexicon.classes] + [OTHER]
+        self.names = [_group(lexicon, value) for lexicon in loaded for value in lexicon.classes] + [OTHER]
         self._lexicons = len(loaded)
         # First word in lower case -> the terms that begin with it, longest first: (words, lexicon, group).
         self._index: dict[str, list[tuple[tuple[str, ...], int, str | None]]] = {}
         for number, lexicon in enumerate(loaded):
             for term, value in lexicon.terms.items():
                 words = term if cased else tuple(word.lower() for word in term)
-                entry = (words, number, None if value is None else f"{lexicon.name}:{value}")
+                entry = (words, number, None if value is None else _group(lexicon, value))
                 self._index.setdefault(words[0].lower(), []).append(entry)
         for entries in self._index.values():
             entries.sort(key=lambda entry: -len(entry[0]))
@@ -162,61 +168,6 @@ class GroupAnnotator:
         return all(_GAP.fullmatch(text, left[1], right[0]) for left, right in pairs)
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """How much of a corpus each group gets. The rows of a text that is in several groups count in each."""
-
-    names: list[str]
-    texts: int
-    words: int
-    group_texts: list[int]  # texts in the group
-    group_words: list[int]  # words in those texts
-    mentions: list[int]  # terms found; 0 for ready-made labels
-    overlap: list[list[int]]  # [G, G] texts in both groups
-
-    @staticmethod
-    def of(
-        texts: Sequence[str],
-        groups: Sequence[Iterable[str]],
-        names: Sequence[str],
-        mentions: Counter[str] | None = None,
-    ) -> Coverage:
-        """Count for texts whose groups are known. Raises ValueError for a group that is not in `names`."""
-        member = group_mask(groups, names).long()
-        words = torch.tensor([len(text.split()) for text in texts], dtype=torch.long)
-        return Coverage(
-            names=list(names),
-            texts=len(texts),
-            words=int(words.sum()),
-            group_texts=member.sum(0).tolist(),
-            group_words=(words @ member).tolist(),
-            mentions=[(mentions or Counter())[name] for name in names],
-            overlap=(member.T @ member).tolist(),
-        )
-
-    def __str__(self) -> str:
-        width = max(len("group"), *(len(name) for name in self.names))
-        lines = [f"{self.texts:,} texts, {self.words:,} words"]
-        lines.append(
-            f"{'group':<{width}} {'texts':>9} {'share':>7} {'words':>10} {'share':>7} {'mentions':>9}"
-        )
-        for name, texts, words, mentions in zip(
-            self.names, self.group_texts, self.group_words, self.mentions, strict=True
-        ):
-            shares = [count / max(total, 1) for count, total in ((texts, self.texts), (words, self.words))]
-            lines.append(
-                f"{name:<{width}} {texts:>9,} {shares[0]:>7.1%} {words:>10,} {shares[1]:>7.1%} {mentions:>9,}"
-            )
-        lines.append("")
-        lines.append("texts in both groups")
-        numbers = [str(column) for column in range(1, len(self.names) + 1)]
-        cell = max(3, *(len(str(count)) for row in self.overlap for count in row)) + 1
-        lines.append(" " * (width + 4) + "".join(f"{number:>{cell}}" for number in numbers))
-        for number, name, row in zip(numbers, self.names, self.overlap, strict=True):
-            lines.append(f"{number:>3} {name:<{width}}" + "".join(f"{count:>{cell}}" for count in row))
-        return "\n".join(lines)
-
-
 def collect_names(examples: Iterable[Example]) -> list[str]:
     """The groups that occur in `examples`, in alphabetical order whatever the order of the texts, "other" last."""
     names = {group for example in examples for group in example.groups or ()}
@@ -228,16 +179,13 @@ def group_mask(groups: Sequence[Iterable[str]], names: Sequence[str]) -> Tensor:
 
     Raises ValueError for names that repeat and for a group that is not among them.
     """
-    column = {name: number for number, name in enumerate(names)}
-    if len(column) != len(names):
-        raise ValueError(f"names: expected distinct groups, got {list(names)}")
-    mask = torch.zeros(len(groups), len(names), dtype=torch.bool)
-    for row, listed in enumerate(groups):
-        for group in listed:
-            if group not in column:
-                raise ValueError(f"groups: {group!r} is not one of {list(names)}")
-            mask[row, column[group]] = True
-    return mask
+    import torch
+
+    return torch.from_numpy(membership(groups, names))
+
+
+def _group(lexicon: Lexicon, value: str) -> str:
+    return f"{lexicon.name}:{value}" if value else lexicon.name
 
 
 def _parse(path: Path) -> tuple[tuple[str, ...], dict[tuple[str, ...], str | None]]:

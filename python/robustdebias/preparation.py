@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from robustdebias.corpus import OTHER, Example, passages, split_documents
-from robustdebias.groups import Coverage, GroupAnnotator, collect_names, load_lexicon
+from robustdebias.coverage import Coverage
+from robustdebias.folding import Combination, combine, fold, group_name
+from robustdebias.grouping import Grouping
+from robustdebias.groups import GroupAnnotator, collect_names
 
-__all__ = ["PreparedCorpus", "annotator_for", "prepare", "spread", "words_within"]
+__all__ = ["ALL", "PreparedCorpus", "annotator_for", "prepare", "spread", "words_within"]
+
+ALL = "all"
+"""The one group of a corpus without groups."""
+
+_LISTED = 12  # names that a sentence lists before it counts the rest
 
 
 @dataclass(frozen=True)
@@ -20,20 +29,40 @@ class PreparedCorpus:
     train: list[Example]
     held_out: list[Example]
     group_names: list[str]
-    coverage: Coverage  # of all passages, before small groups were folded
-    folded: list[str]  # groups too small to stand alone
+    coverage: Coverage  # of all passages, before groups too small for training went into "other"
+    folded: list[str]  # groups with text that is too little to stand alone
 
     def describe(self) -> str:
-        """Coverage and split, for a person."""
+        """Coverage, split and what became of small groups, for a person."""
         lines = [str(self.coverage), ""]
+        others = dict(zip(self.coverage.names, self.coverage.group_texts, strict=True)).get(OTHER, 0)
+        if others:
+            lines.append(f"{others:,} texts ({others / self.coverage.texts:.1%}) are in no group: {OTHER}")
         if self.folded:
             lines.append(
-                f"too few training texts, so left to their other groups or {OTHER}: {', '.join(self.folded)}"
+                f"too few training texts, so left to their other groups or {OTHER}: {_listed(self.folded)}"
             )
+        if absent := [name for name in self.coverage.absent() if name != OTHER]:
+            lines.append(f"no text at all: {_listed(absent)}")
+        if len(self.group_names) == 1 and self.group_names != [ALL]:
+            lines.append(f"only one group is left, {self.group_names[0]}: there is nothing to weigh")
         lines.append(
             f"{len(self.train):,} passages to train on, {len(self.held_out):,} held out (whole documents)"
         )
         return "\n".join(lines)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raises ValueError if one of `names` is no group to train on: it is unknown, without text, or was folded."""
+        texts = dict(zip(self.coverage.names, self.coverage.group_texts, strict=True))
+        for name in names:
+            if name in self.group_names:
+                continue
+            why = "is not a group here"
+            if texts.get(name) or name in self.folded:
+                why = "has too few training passages and was folded"
+            elif name in texts:
+                why = "has no text"
+            raise ValueError(f"require: {name!r} {why}; groups to train on: {', '.join(self.group_names)}")
 
 
 def words_within(max_length: int) -> int:
@@ -52,60 +81,137 @@ def annotator_for(names: str, lexicons: Sequence[str | Path] | None = None) -> G
 
     Raises: ValueError as ``load_lexicon`` and ``GroupAnnotator`` do.
     """
-    loaded = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        lexicon = load_lexicon(name.removesuffix(":any"))
-        loaded.append(lexicon.merged() if name.endswith(":any") else lexicon)
-    return GroupAnnotator([*loaded, *(lexicons or [])])
+    named = [name for name in (part.strip() for part in names.split(",")) if name]
+    annotator = Grouping("lexicons", (*named, *map(str, lexicons or ()))).annotator()
+    assert annotator is not None
+    return annotator
 
 
 def prepare(
     examples: Sequence[Example],
-    annotator: GroupAnnotator | None,
+    grouping: Grouping | GroupAnnotator | None,
     *,
     max_words: int = 48,
     held_out: float = 0.1,
-    min_texts: int = 20,
+    min_texts: int | None = None,
     seed: int = 0,
+    model: Any = None,
+    tokenizer: Any = None,
 ) -> PreparedCorpus:
-    """Cut into passages, annotate those without ready-made groups, hold documents out, fold small groups.
+    """Cut into passages, hold documents out, find the groups of each passage, fold small groups.
 
     Args:
-        annotator: needed unless every example brings its groups.
+        grouping: where groups come from. An annotator fills in the groups of examples that have none, and None
+            stands for ready-made labels.
         max_words: of a passage; about 3/4 of the tokens a sequence has.
-        min_texts: a group with fewer training passages is folded: its loss in a batch, or on the held-out
-            text, would be that of one or two sentences. Its passages stay in their other groups, or in "other".
+        min_texts: instead of the grouping's own; see :class:`Grouping` for what becomes of smaller groups. Their loss
+            in a batch, or on the held-out text, would be that of one or two sentences.
+        model, tokenizer: what clusters need. With a tokenizer, the coverage counts tokens too.
 
-    Raises: ValueError if groups are missing and there is no annotator, or no group is left; and what
-    ``split_documents`` raises.
+    Raises: ValueError if labels are missing or, at the level of attributes, do not name their axis; if clusters have no
+    model; and what ``split_documents``, ``Grouping.annotator`` and ``clusters.cluster`` raise.
     """
-    pieces = passages(examples, max_words)
-    texts = [piece.text for piece in pieces]
-    if annotator is not None and all(piece.groups is None for piece in pieces):
-        pieces = annotator.label(pieces)
-        coverage = annotator.coverage(texts)
+    if isinstance(grouping, Grouping):
+        annotator = grouping.annotator()
+        if annotator is not None:
+            examples = [replace(example, groups=None) for example in examples]
     else:
-        pieces = annotator.label(pieces) if annotator is not None else pieces
-        unlabelled = sum(piece.groups is None for piece in pieces)
-        if unlabelled:
-            raise ValueError(f"groups: {unlabelled} texts have no labels; name lexicons or a label field")
-        coverage = Coverage.of(texts, [piece.groups or () for piece in pieces], collect_names(pieces))
-    train, out = split_documents(pieces, held_out, seed)
-    counts = Counter(group for piece in train for group in piece.groups or ())
-    folded = [name for name in coverage.names if name != OTHER and counts[name] < max(min_texts, 1)]
-    train, out = _fold(train, set(folded)), _fold(out, set(folded))
-    names = collect_names(train)
-    known = set(names)
-    if any(not known.issuperset(piece.groups or ()) for piece in out):
-        # Only "other" can be new here: a held-out text of a folded group, with none such to train on.
-        out = [piece for piece in out if known.issuperset(piece.groups or ())]
-    return PreparedCorpus(train, out, names, coverage, folded)
+        annotator = grouping
+        grouping = Grouping("labels" if annotator is None else "lexicons")
+    train, out = split_documents(passages(examples, max_words), held_out, seed)
+    names: list[str] = []  # those that were looked for
+    mentions: Counter[str] = Counter()
+    fewest = grouping.min_texts if min_texts is None else max(min_texts, 1)
+    level = grouping.level
+    if grouping.source == "none":
+        train, out = ([replace(piece, groups=(ALL,)) for piece in side] for side in (train, out))
+        fewest = 1
+    elif grouping.source == "clusters":
+        train, out = _clustered(train, out, grouping, model, tokenizer)
+    elif annotator is not None:
+        if all(piece.groups is None for piece in (*train, *out)):
+            names = annotator.names
+        train, out = (_annotated(side, annotator, mentions) for side in (train, out))
+        level = "value" if level == "attribute" else level  # its names are attributes already
+    unlabelled = sum(piece.groups is None for piece in (*train, *out))
+    if unlabelled:
+        raise ValueError(f"groups: {unlabelled} texts have no labels; name lexicons or a label field")
+
+    seen = {group for piece in (*train, *out) for group in piece.groups or ()}
+    found = [combine(piece.groups or (), level) for piece in (*train, *out)]
+    in_train, in_out = found[: len(train)], found[len(train) :]
+    folded: list[str] = []
+    for size in range(max((len(one) for text in found for one in text), default=1), 1, -1):
+        folded += map(group_name, fold(in_train, in_out, size, fewest))
+    texts = [piece.text for piece in (*train, *out)]
+    groups = [[group_name(one) for one in text] or [OTHER] for text in found]
+    left = {name for listed in groups for name in listed}
+    names = _in_order(left, [name for name in names if name in left or name not in seen])
+    coverage = Coverage.of(texts, groups, names, mentions, _token_counts(texts, tokenizer))
+    folded += map(group_name, fold(in_train, in_out, 1, fewest))
+
+    train, out = (_with_groups(*side, names) for side in ((train, in_train), (out, in_out)))
+    kept = collect_names(train)
+    # Only "other" can be new in what is held out: a text of a folded group, with none such to train on.
+    out = [piece for piece in out if set(kept).issuperset(piece.groups or ())]
+    return PreparedCorpus(train, out, kept, coverage, folded)
 
 
-def _fold(examples: Sequence[Example], folded: set[str]) -> list[Example]:
+def _annotated(
+    examples: Sequence[Example], annotator: GroupAnnotator, mentions: Counter[str]
+) -> list[Example]:
+    """As `GroupAnnotator.label`, and counts the mentions on the way."""
+    labelled = []
+    for example in examples:
+        if example.groups is None:
+            found = [mention.group for mention in annotator.spans(example.text)]
+            mentions.update(found)
+            example = replace(example, groups=tuple(dict.fromkeys(found)) or (OTHER,))
+        labelled.append(example)
+    return labelled
+
+
+def _clustered(
+    train: Sequence[Example], out: Sequence[Example], grouping: Grouping, model: Any, tokenizer: Any
+) -> tuple[list[Example], list[Example]]:
+    """The clusters are those of the training texts; what is held out goes to the nearest."""
+    if model is None or tokenizer is None:
+        raise ValueError("model: clusters need a model and its tokenizer")
+    from robustdebias.clusters import cluster, embed
+
+    texts = [piece.text for piece in train]
+    embeddings = embed(model, tokenizer, texts)
+    clusters = cluster(texts, embeddings, grouping.count, grouping.seed)
+    assigned = clusters.assign(embeddings)
+    if out:
+        assigned += clusters.assign(embed(model, tokenizer, [piece.text for piece in out]))
+    pieces = [replace(piece, groups=(name,)) for piece, name in zip((*train, *out), assigned, strict=True)]
+    return pieces[: len(train)], pieces[len(train) :]
+
+
+def _with_groups(
+    examples: Sequence[Example], found: Sequence[set[Combination]], names: Sequence[str]
+) -> list[Example]:
+    place = {name: number for number, name in enumerate(names)}
     return [
-        replace(
-            example, groups=tuple(group for group in example.groups or () if group not in folded) or (OTHER,)
-        )
-        for example in examples
+        replace(piece, groups=tuple(sorted(map(group_name, combinations), key=place.__getitem__)) or (OTHER,))
+        for piece, combinations in zip(examples, found, strict=True)
     ]
+
+
+def _in_order(names: set[str], first: Sequence[str]) -> list[str]:
+    """Those of `first` as they stand there, the others by name, "other" last."""
+    rest = names.difference(first, [OTHER])
+    return [name for name in first if name != OTHER] + sorted(rest) + [OTHER] * (OTHER in {*names, *first})
+
+
+def _token_counts(texts: Sequence[str], tokenizer: Any) -> list[int] | None:
+    if tokenizer is None:
+        return None
+    encoded = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False)
+    return [len(ids) for ids in encoded["input_ids"]]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -62,7 +62,8 @@ def test_names(annotator):
     assert annotator.names[:2] == ["gender:female", "gender:male"]
     assert {"race:black", "race:white", "religion:muslim"} < set(annotator.names)
     assert annotator.names[-1] == "other"
-    assert builtin_lexicons() == ["gender", "race", "religion"]
+    assert {"gender", "race", "religion"} <= set(builtin_lexicons())
+    assert builtin_lexicons() == sorted(builtin_lexicons())
 
 
 def test_every_class_of_the_builtin_lexicons_has_a_sentence():
@@ -150,6 +151,9 @@ def test_merged_classes():
     assert annotator.names == ["religion:any", "gender:female", "gender:male", "other"]
     assert annotator.annotate("Sikhs, Hindus and Christian Democrats") == ("religion:any",)
     assert annotator.annotate("Christian Democrats") == ("other",)
+    named = GroupAnnotator([load_lexicon("religion").merged("")])
+    assert named.names == ["religion", "other"]
+    assert found(named, "Sikhs, not Christian Democrats") == [("Sikhs", "religion")]
 
 
 WORDS = [
@@ -208,8 +212,8 @@ def test_bad_lexicons_are_refused_with_file_and_line(make, content, message):
 
 
 def test_unknown_and_repeated_lexicons(make):
-    with pytest.raises(ValueError, match=r"'nationality': neither a file nor .* gender, race, religion"):
-        load_lexicon("nationality")
+    with pytest.raises(ValueError, match=r"'colour': neither a file nor .*gender.*race.*religion"):
+        load_lexicon("colour")
     with pytest.raises(ValueError, match="distinct names"):
         GroupAnnotator(["gender", make("[a]\nx\n", "gender")])
     with pytest.raises(ValueError, match="at least one"):
@@ -273,3 +277,36 @@ def test_coverage_of_nothing_and_of_labels():
     assert "0 texts" in str(GENDER.coverage([]))
     coverage = Coverage.of(["a b", "c"], [("x",), ("x", "y")], ["x", "y"])
     assert (coverage.group_texts, coverage.group_words, coverage.mentions) == ([2, 1], [3, 1], [0, 0])
+
+
+def test_coverage_counts_tokens_and_names_what_is_absent():
+    coverage = Coverage.of(["a b", "c"], [("x",), ("x", "y")], ["x", "y", "z"], tokens=[5, 7])
+    assert (coverage.tokens, coverage.group_tokens) == (12, [12, 7, 0])
+    assert coverage.absent() == ["z"]
+    assert coverage.rows()[1] == {
+        "group": "y", "texts": 1, "share of texts": 0.5, "words": 1, "share of words": 1 / 3,
+        "tokens": 7, "share of tokens": 7 / 12, "mentions": 0,
+    }  # fmt: skip
+    table = str(coverage).splitlines()
+    assert table[0] == "2 texts, 3 words, 12 tokens"
+    assert table[3].split() == ["y", "1", "50.0%", "1", "33.3%", "7", "58.3%", "0"]
+
+
+def test_coverage_is_counted_in_parts(monkeypatch):
+    texts = [f"word {number}" for number in range(10)]
+    groups = [("x",) if number % 3 else ("x", "y") for number in range(10)]
+    whole = Coverage.of(texts, groups, ["x", "y"], tokens=list(range(10)))
+    monkeypatch.setattr("robustdebias.coverage._CHUNK", 3)
+    assert Coverage.of(texts, groups, ["x", "y"], tokens=list(range(10))) == whole
+    assert whole.overlap == [[10, 4], [4, 4]]
+
+
+def test_overlaps_of_many_groups_are_listed_by_size():
+    names = [f"g{number:02}" for number in range(20)]
+    groups = [("g03", "g07"), ("g03", "g07"), ("g03",), ("g00", "g19"), *((name,) for name in names)]
+    lines = str(Coverage.of(["x"] * len(groups), groups, names)).splitlines()
+    assert lines[-3] == "texts in both groups, the 2 largest of 2 overlaps"
+    assert lines[-2].split() == ["2", "50%", "of", "g03,", "67%", "of", "g07"]  # of 4 texts and of 3
+    assert lines[-1].split() == ["1", "50%", "of", "g00,", "50%", "of", "g19"]
+    alone = Coverage.of(["x"] * 20, [(name,) for name in names], names)
+    assert str(alone).endswith("no text is in two groups")
