@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from robustdebias.evaluation.bootstrap import Resampler
+from robustdebias.evaluation.metric import Metric
 from robustdebias.evaluation.scoring import Query, fingerprint, log_probabilities, lowercases, tokenize
 
-__all__ = ["DEFINITION", "RELIABILITY_WARNING", "Pair", "evaluate", "read_pairs"]
+__all__ = [
+    "DEFINITION", "RELIABILITY_WARNING", "Pair", "draws", "evaluate", "metric", "read_pairs", "scores",
+]  # fmt: skip
 
 DEFINITION = (
     "CrowS-Pairs, original variant (Nangia et al. 2020): sum of log-probabilities of the shared tokens, masked one "
@@ -82,6 +86,28 @@ def evaluate(
         "definition": DEFINITION,
         "items": fingerprint(pairs),
     }
+
+
+def scores(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """``overall`` and each bias type, in per cent."""
+    return {kind: own["score"] for kind, own in {"overall": result["overall"], **result["by_type"]}.items()}
+
+
+def draws(result: Mapping[str, Any], weights: Resampler) -> dict[str, np.ndarray]:
+    """Pairs are drawn within their bias type."""
+    outcomes = dict(sorted(result.get("outcomes", {}).items()))
+    if not outcomes:
+        return {}
+    wins = {kind: weights.apply(np.array(won)[:, None])[:, 0] for kind, won in outcomes.items()}
+    pairs = {kind: len(won) for kind, won in outcomes.items()}
+    wins = {"overall": np.sum(list(wins.values()), 0), **wins}
+    pairs["overall"] = sum(pairs.values())
+    return {kind: 100 * won / pairs[kind] for kind, won in wins.items() if weights.enough(pairs[kind])}
+
+
+def metric(name: str) -> Metric:
+    overall = name == "overall"
+    return Metric(name, "CrowS-Pairs score" + ("" if overall else f", {name}"), "50", headline=overall)
 
 
 def _compare(more: float, less: float) -> int:

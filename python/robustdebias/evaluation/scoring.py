@@ -17,7 +17,8 @@ from tqdm import tqdm
 from robustdebias.adapters import ADAPTERS
 
 __all__ = [
-    "Query", "evaluating", "fingerprint", "log_probabilities", "logits_at", "lowercases", "progress_bar", "tokenize",
+    "Query", "evaluating", "fingerprint", "leading_space", "log_probabilities", "logits_at", "lowercases",
+    "progress_bar", "tokenize",
 ]  # fmt: skip
 
 
@@ -136,6 +137,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str], special_tokens: bool = True) 
         return []
     encoded = tokenizer(list(texts), add_special_tokens=special_tokens, padding=False, truncation=False)
     return encoded["input_ids"]
+
+
+def leading_space(tokenizer: Any) -> str:
+    """What a word within a sentence begins with: " " to a tokenizer that keeps leading spaces (RoBERTa's), to which
+    a word without one is the middle of a longer word; else nothing."""
+    return " " if tokenizer.tokenize(" a") != tokenizer.tokenize("a") else ""
 
 
 def lowercases(tokenizer: Any) -> bool:
