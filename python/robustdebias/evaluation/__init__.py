@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from robustdebias.evaluation import crows_pairs, mlm, stereoset
+from robustdebias.evaluation import (
+    crows_pairs,
+    crows_pairs_differing,
+    mlm,
+    pseudo_perplexity,
+    stereoset,
+    stereoset_inter,
+)
 from robustdebias.evaluation.metric import Metric, Part
 
 __all__ = ["PARTS", "metric_of", "module_of"]
@@ -20,7 +27,10 @@ __all__ = ["PARTS", "metric_of", "module_of"]
 PARTS: dict[str, Part] = {
     "mlm": mlm,
     "stereoset": stereoset,
+    "stereoset_inter": stereoset_inter,
     "crows_pairs": crows_pairs,
+    "crows_pairs_differing": crows_pairs_differing,
+    "pseudo_perplexity": pseudo_perplexity,
 }
 
 
