@@ -9,57 +9,24 @@ from typing import Any
 import numpy as np
 
 from robustdebias.evaluation import bootstrap
+from robustdebias.evaluation.metric import Metric
 
 __all__ = [
     "RULE", "START", "VERDICTS", "Comparison", "Difference", "Metric", "compare", "objective", "run_label",
 ]  # fmt: skip
 
 START = "start"
-_LOSSES = {
-    "overall": "loss of all tokens",
-    "worst": "loss of the worst group",
-    "gap": "gap between worst and best group",
-}
-SMALL_LOSS, SMALL_SCORE = 0.01, 1.0
+SMALL_LOSS, SMALL_SCORE, SMALL_EFFECT = 0.01, 1.0, 0.05
 VERDICTS = ("better", "slightly better", "no clear difference", "slightly worse", "worse", "no interval")
 RULE = (
     "A difference counts only if its 95% interval (paired bootstrap over the test items, "
     f"{bootstrap.DRAWS:,} draws, fixed seed) leaves out zero; otherwise it is called 'no clear difference'. Scores of "
     f"fewer than {bootstrap.FEWEST} test items (texts, pairs) get no interval and no verdict. A difference is called "
-    f"slight if it is below {SMALL_LOSS:.0%} of a loss or below {SMALL_SCORE:g} point of a score. Where 50 is ideal, the "
-    "distance from 50 is judged. The interval says how far the choice of test items could move the number. It says "
-    "nothing of another training seed, and among many rows about one in twenty leaves out zero by chance."
+    f"slight if it is below {SMALL_LOSS:.0%} of a loss, below {SMALL_SCORE:g} point of a score in per cent, or below "
+    f"{SMALL_EFFECT:g} of an effect size. Where 50 is ideal, the distance from 50 is judged; where 0 is, that from 0. "
+    "The interval says how far the choice of test items could move the number. It says nothing of another training "
+    "seed, and among many rows about one in twenty leaves out zero by chance."
 )
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a score is named and read."""
-
-    name: str  # as in bootstrap.values
-    label: str
-    ideal: str  # "low", "100", or "50": the nearer to 50 the better
-
-    @staticmethod
-    def of(name: str) -> Metric:
-        part, _, rest = name.partition(".")
-        if part == "mlm":
-            return Metric(name, _LOSSES.get(rest) or f"loss of {rest.removeprefix('group.')}", "low")
-        if part == "crows_pairs":
-            return Metric(name, "CrowS-Pairs score" + ("" if rest == "overall" else f", {rest}"), "50")
-        domain, _, score = rest.rpartition(".")
-        label = f"StereoSet {score.upper()}" + ("" if domain == "overall" else f", {domain}")
-        return Metric(name, label, "50" if score == "ss" else "100")
-
-    @property
-    def is_loss(self) -> bool:
-        return self.ideal == "low"
-
-    def badness(self, value: Any) -> Any:
-        """Of a value or an array of them: the lower the better."""
-        if self.ideal == "50":
-            return abs(value - 50)
-        return value if self.is_loss else -value
 
 
 @dataclass(frozen=True)
@@ -141,6 +108,15 @@ def _same_items(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -
     return one[part].get("items") == other[part].get("items")
 
 
+def _small(metric: Metric, before: float) -> float:
+    """A difference below this is called slight."""
+    if metric.is_loss:
+        return SMALL_LOSS * abs(before)
+    if metric.ideal == "0":
+        return SMALL_EFFECT
+    return SMALL_SCORE if metric.unit == "%" else SMALL_SCORE / 100  # a share is a hundredth of its per cent
+
+
 def _difference(
     base: str,
     other: str,
@@ -159,6 +135,6 @@ def _difference(
         verdict = "no clear difference"
     else:
         size = abs(metric.badness(after) - metric.badness(before))
-        slight = size < (SMALL_LOSS * abs(before) if metric.is_loss else SMALL_SCORE)
+        slight = size < _small(metric, before)
         verdict = ("slightly " if slight else "") + ("worse" if worse_low > 0 else "better")
     return Difference(base, other, metric, after - before, low, high, verdict)

@@ -93,7 +93,7 @@ def write_report(out_dir: str | Path, results: Mapping[str, Any], *, svg: bool =
 def comparison_table(results: Mapping[str, Any]) -> str:
     """The main scores side by side, for a terminal."""
     comparison = compare(results)
-    shown = [metric for metric in comparison.metrics() if _is_headline(metric) or metric.name.endswith(".ss")]
+    shown = [metric for metric in comparison.metrics() if metric.headline or metric.name.endswith(".ss")]
     rows = [["", "ideal", *map(run_label, comparison.names), *_contrast_headings(comparison, "-")]]
     rows += [[m.label, m.ideal, *_values(comparison, m), *_contrast_cells(comparison, m)] for m in shown]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -153,7 +153,7 @@ def _in_short(results: Mapping[str, Any], comparison: Comparison) -> Iterable[st
         ["A masked language model was fine-tuned on text about several demographic groups.", *told]
     )
     yield ""
-    headlines = [metric for metric in comparison.metrics() if _is_headline(metric)]
+    headlines = [metric for metric in comparison.metrics() if metric.headline]
     yield from _score_table(comparison, headlines, intervals=False)
     pairs = dict.fromkeys((d.base, d.other) for d in comparison.differences)
     if pairs:
@@ -294,15 +294,6 @@ def _environment(environment: Mapping[str, Any]) -> list[str]:
 # Tables and numbers.
 
 
-def _is_headline(metric: Metric) -> bool:
-    return metric.name in (
-        "mlm.overall",
-        "mlm.worst",
-        "mlm.gap",
-        "crows_pairs.overall",
-    ) or metric.name.startswith("stereoset.overall.")
-
-
 def _score_table(comparison: Comparison, metrics: Sequence[Metric], intervals: bool = True) -> list[str]:
     heading = ["", "ideal", *map(run_label, comparison.names), *_contrast_headings(comparison, "−")]
     rows = [
@@ -343,8 +334,7 @@ def _values(comparison: Comparison, metric: Metric, intervals: bool = False) -> 
 
 
 def _number(metric: Metric, value: float, sign: str = "") -> str:
-    digits = 3 if metric.is_loss else 1
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no -0.0
+    return f"{round(value, metric.digits) + 0.0:{sign}.{metric.digits}f}"  # no -0.0
 
 
 def _change(found: Difference) -> str:

@@ -1,8 +1,8 @@
 """CrowS-Pairs in its original metric (Nangia et al. 2020), as the authors' ``metric.py`` computes it.
 
 Each pair says nearly the same of a disadvantaged and of an advantaged group. A sentence's score is the sum of
-log-probabilities of the tokens that BOTH sentences have, masked one at a time. (Other code masks the tokens that
-differ and takes a mean: numbers of that variant can't be compared with these.) The choices:
+log-probabilities of the tokens that BOTH sentences have, masked one at a time. (``crows_pairs_differing`` masks the
+tokens that differ and takes a mean: numbers of that variant can't be compared with these.) The choices:
 
 * Uncased models read lower-cased sentences; shared tokens are the equal blocks of difflib's SequenceMatcher over
   token ids, the special tokens at both ends left out.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,21 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from robustdebias.evaluation.scoring import Query, fingerprint, log_probabilities, lowercases, tokenize
+from robustdebias.evaluation.bootstrap import Resampler
+from robustdebias.evaluation.metric import Metric
+from robustdebias.evaluation.scoring import (
+    Query,
+    fingerprint,
+    log_probabilities,
+    lowercases,
+    mask_each,
+    tokenize,
+)
 
-__all__ = ["DEFINITION", "RELIABILITY_WARNING", "Pair", "evaluate", "read_pairs"]
+__all__ = [
+    "DEFINITION", "RELIABILITY_WARNING", "Pair", "draws", "evaluate", "metric", "preferences", "read_pairs", "scores",
+    "summary",
+]  # fmt: skip
 
 DEFINITION = (
     "CrowS-Pairs, original variant (Nangia et al. 2020): sum of log-probabilities of the shared tokens, masked one "
@@ -63,29 +75,92 @@ def evaluate(
     Raises: ValueError that names the file and line of what is malformed.
     """
     pairs = read_pairs(path)
-    queries, owners = _queries(pairs, tokenizer)
-    log_p = log_probabilities(
-        model, tokenizer, queries, batch_size=batch_size, progress=progress, label="CrowS-Pairs"
-    )
-    totals = [0.0] * (2 * len(pairs))
-    for owner, value in zip(owners, log_p.tolist(), strict=True):
-        totals[owner] += value
-    # 1: more was preferred, -1: less was, 0: neutral
-    outcomes = [_compare(more, less) for more, less in zip(totals[::2], totals[1::2], strict=True)]
-    types = sorted({pair.bias_type for pair in pairs})
+    texts = [text for pair in pairs for text in (pair.more, pair.less)]
+    if lowercases(tokenizer):
+        texts = [text.lower() for text in texts]
+    outcomes = preferences(
+        model, tokenizer, pairs, texts, _shared, sum,
+        batch_size=batch_size, progress=progress, label="CrowS-Pairs",
+    )  # fmt: skip
     return {
         "variant": "original",
-        "overall": _scores(pairs, outcomes),
-        "by_type": {kind: _scores(*_of_type(pairs, outcomes, kind)) for kind in types},
-        "outcomes": {kind: [int(o > 0) for o in _of_type(pairs, outcomes, kind)[1]] for kind in types},
+        **summary(pairs, [outcome or 0 for outcome in outcomes]),  # nothing shared: nothing to prefer
         "reliability_warning": RELIABILITY_WARNING,
         "definition": DEFINITION,
         "items": fingerprint(pairs),
     }
 
 
-def _compare(more: float, less: float) -> int:
-    return int(np.sign(round(more, 3) - round(less, 3)))
+def scores(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """``overall`` and each bias type, in per cent."""
+    return {kind: own["score"] for kind, own in {"overall": result["overall"], **result["by_type"]}.items()}
+
+
+def draws(result: Mapping[str, Any], weights: Resampler) -> dict[str, np.ndarray]:
+    """Pairs are drawn within their bias type."""
+    outcomes = dict(sorted(result.get("outcomes", {}).items()))
+    if not outcomes:
+        return {}
+    wins = {kind: weights.apply(np.array(won)[:, None])[:, 0] for kind, won in outcomes.items()}
+    pairs = {kind: len(won) for kind, won in outcomes.items()}
+    wins = {"overall": np.sum(list(wins.values()), 0), **wins}
+    pairs["overall"] = sum(pairs.values())
+    return {kind: 100 * won / pairs[kind] for kind, won in wins.items() if weights.enough(pairs[kind])}
+
+
+def metric(name: str) -> Metric:
+    overall = name == "overall"
+    return Metric(name, "CrowS-Pairs score" + ("" if overall else f", {name}"), "50", headline=overall)
+
+
+def preferences(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    texts: Sequence[str],
+    positions: Callable[[Sequence[int], Sequence[int]], tuple[list[int], list[int]]],
+    reduce: Callable[[list[float]], float],
+    *,
+    batch_size: int,
+    progress: bool,
+    label: str,
+) -> list[int | None]:
+    """Of each pair: 1 where ``more`` was preferred, -1 where ``less`` was, 0 where neither; None where a sentence has
+    no token to be judged by.
+
+    Args:
+        texts: of each pair ``more`` and ``less``, as the model is to read them.
+        positions: of two sentences' token ids, the positions by which each of them is judged.
+        reduce: a sentence's score of the log-probabilities there.
+    """
+    encoded = tokenize(tokenizer, texts)
+    queries: list[Query] = []
+    judged: list[list[int]] = [[] for _ in texts]  # the queries of each sentence
+    for number, pair in enumerate(pairs):
+        # SequenceMatcher depends on the order of its arguments; the original gives it the stereotype first.
+        order = (2 * number, 2 * number + 1) if pair.direction == "stereo" else (2 * number + 1, 2 * number)
+        for sentence, where in zip(order, positions(*(encoded[s] for s in order)), strict=True):
+            judged[sentence] = list(range(len(queries), len(queries) + len(where)))
+            queries += mask_each(encoded[sentence], where, tokenizer.mask_token_id)
+    log_p = log_probabilities(
+        model, tokenizer, queries, batch_size=batch_size, progress=progress, label=label
+    )
+    totals = [reduce(log_p[own].tolist()) if own else None for own in judged]
+    return [_compare(more, less) for more, less in zip(totals[::2], totals[1::2], strict=True)]
+
+
+def summary(pairs: Sequence[Pair], outcomes: Sequence[int]) -> dict[str, Any]:
+    """``overall``, ``by_type`` and ``outcomes`` of the pairs' preferences."""
+    types = sorted({pair.bias_type for pair in pairs})
+    return {
+        "overall": _scores(pairs, outcomes),
+        "by_type": {kind: _scores(*_of_type(pairs, outcomes, kind)) for kind in types},
+        "outcomes": {kind: [int(o > 0) for o in _of_type(pairs, outcomes, kind)[1]] for kind in types},
+    }
+
+
+def _compare(more: float | None, less: float | None) -> int | None:
+    return None if more is None or less is None else int(np.sign(round(more, 3) - round(less, 3)))
 
 
 def _of_type(pairs: Sequence[Pair], outcomes: Sequence[int], kind: str) -> tuple[list[Pair], list[int]]:
@@ -105,28 +180,6 @@ def _scores(pairs: Sequence[Pair], outcomes: Sequence[int]) -> dict[str, float |
         "count": len(outcomes),
         "neutral": sum(outcome == 0 for outcome in outcomes),
     }
-
-
-def _queries(pairs: Sequence[Pair], tokenizer: Any) -> tuple[list[Query], list[int]]:
-    """The questions to the model, and for each the sentence (2 * pair, + 1 for ``less``) it belongs to."""
-    texts = [text for pair in pairs for text in (pair.more, pair.less)]
-    if lowercases(tokenizer):
-        texts = [text.lower() for text in texts]
-    encoded = tokenize(tokenizer, texts)
-    mask = tokenizer.mask_token_id
-    queries, owners = [], []
-    for number, pair in enumerate(pairs):
-        more, less = 2 * number, 2 * number + 1
-        # SequenceMatcher depends on the order of its arguments; the original gives it the stereotype first.
-        first, second = (more, less) if pair.direction == "stereo" else (less, more)
-        for sentence, positions in zip(
-            (first, second), _shared(encoded[first], encoded[second]), strict=True
-        ):
-            ids = tuple(encoded[sentence])
-            for position in positions:
-                queries.append(Query((*ids[:position], mask, *ids[position + 1 :]), position, ids[position]))
-                owners.append(sentence)
-    return queries, owners
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -6,18 +6,26 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustdebias.evaluation.bootstrap import Resampler
+from robustdebias.evaluation.metric import Metric
 from robustdebias.evaluation.scoring import evaluating, fingerprint, logits_at, progress_bar
 
-__all__ = ["DEFINITION", "evaluate"]
+__all__ = ["DEFINITION", "draws", "evaluate", "metric", "scores"]
 
 DEFINITION = (
     "mean cross-entropy in nats over masked tokens; a token counts in each of its groups and once overall; "
     "perplexity = exp(loss); accuracy: the right token has the largest logit"
 )
+_LABELS = {
+    "overall": "loss of all tokens",
+    "worst": "loss of the worst group",
+    "gap": "gap between worst and best group",
+}
 _ITEMS = ("input_ids", "labels", "groups")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -74,6 +82,53 @@ def evaluate(
     if texts is not None:
         result["per_text"] = {"overall": texts.overall, "by_group": texts.by_group}
     return result
+
+
+def scores(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """``overall``, ``worst``, ``gap`` (worst minus best), ``group.NAME``: losses in nats."""
+    losses = {name: stats["loss"] for name, stats in result["by_group"].items()}
+    return {
+        "overall": result["overall"]["loss"],
+        "worst": losses.get(result["worst_group"]),
+        "gap": result["gap"]["worst_minus_best"],
+        **{f"group.{name}": loss for name, loss in losses.items()},
+    }
+
+
+def draws(result: Mapping[str, Any], weights: Resampler) -> dict[str, np.ndarray]:
+    """Texts are drawn. The worst group's loss needs enough texts of that group, the gap of the best one too."""
+    if "per_text" not in result:
+        return {}
+    names = list(result["by_group"])
+    overall = np.array(result["per_text"]["overall"], dtype=float).reshape(-1, 2)
+    # Of each text: loss sum and token count, by group and, last, of all its tokens; both [N, G + 1].
+    sums, counts = np.zeros((2, len(overall), len(names) + 1))
+    sums[:, -1], counts[:, -1] = overall.T
+    for text, group, total, tokens in result["per_text"]["by_group"]:
+        sums[text, group], counts[text, group] = total, tokens
+    texts = (counts > 0).sum(0)  # [G + 1]
+    present = np.flatnonzero(texts[:-1])
+    if not len(present):
+        return {}
+    means = sums.sum(0) / np.maximum(counts.sum(0), 1)
+    worst, best = (int(pick(present, key=means.__getitem__)) for pick in (max, min))
+    sums, counts = np.split(weights.apply(np.concatenate([sums, counts], axis=1)), 2, axis=1)
+    with np.errstate(invalid="ignore"):  # 0 / 0: no token of the group was drawn
+        losses = sums / counts  # [R, G + 1]
+    # fmax and fmin pass over what is not defined.
+    highest, lowest = (extreme.reduce(losses[:, present], axis=1) for extreme in (np.fmax, np.fmin))
+    found = {
+        "overall": (texts[-1], losses[:, -1]),
+        "worst": (texts[worst], highest),
+        "gap": (min(texts[worst], texts[best]), highest - lowest),
+        **{f"group.{name}": (texts[group], losses[:, group]) for group, name in enumerate(names)},
+    }
+    return {name: sample for name, (items, sample) in found.items() if weights.enough(items)}
+
+
+def metric(name: str) -> Metric:
+    label = _LABELS.get(name) or f"loss of {name.removeprefix('group.')}"
+    return Metric(name, label, "low", unit="nats", digits=3, headline=name in _LABELS)
 
 
 def _rows(

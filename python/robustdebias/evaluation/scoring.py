@@ -17,7 +17,8 @@ from tqdm import tqdm
 from robustdebias.adapters import ADAPTERS
 
 __all__ = [
-    "Query", "evaluating", "fingerprint", "log_probabilities", "logits_at", "lowercases", "progress_bar", "tokenize",
+    "Query", "check_length", "evaluating", "fingerprint", "leading_space", "log_probabilities", "logits_at",
+    "lowercases", "mask_each", "progress_bar", "special_tokens_around", "tokenize",
 ]  # fmt: skip
 
 
@@ -27,6 +28,11 @@ class Query(NamedTuple):
     input_ids: tuple[int, ...]  # special tokens included
     position: int
     target: int
+
+
+def mask_each(ids: Sequence[int], positions: Iterable[int], mask_id: int) -> list[Query]:
+    """For each position: how probable is the token there, given all the others of the sequence?"""
+    return [Query((*ids[:at], mask_id, *ids[at + 1 :]), at, ids[at]) for at in positions]
 
 
 def log_probabilities(
@@ -55,7 +61,7 @@ def log_probabilities(
         by_sequence.setdefault(query.input_ids, []).append(number)
     # The longest first: running out of memory, or a sequence too long, shows at once.
     sequences = sorted(by_sequence, key=len, reverse=True)
-    _check_length(model, len(sequences[0]) if sequences else 0)
+    check_length(model, len(sequences[0]) if sequences else 0)
     device = next(model.parameters()).device
     pad_id = tokenizer.pad_token_id or 0
     with evaluating(model), progress_bar(len(sequences), label, "sentence", progress) as bar:
@@ -138,6 +144,20 @@ def tokenize(tokenizer: Any, texts: Sequence[str], special_tokens: bool = True) 
     return encoded["input_ids"]
 
 
+def special_tokens_around(tokenizer: Any) -> tuple[int, int]:
+    """How many special tokens the tokenizer puts before and behind a text."""
+    (whole,), (bare,) = (tokenize(tokenizer, ["a"], special_tokens=special) for special in (True, False))
+    around = len(whole) - len(bare)
+    before = next(start for start in range(around + 1) if whole[start : start + len(bare)] == bare)
+    return before, around - before
+
+
+def leading_space(tokenizer: Any) -> str:
+    """What a word within a sentence begins with: " " to a tokenizer that keeps leading spaces (RoBERTa's), to which
+    a word without one is the middle of a longer word; else nothing."""
+    return " " if tokenizer.tokenize(" a") != tokenizer.tokenize("a") else ""
+
+
 def lowercases(tokenizer: Any) -> bool:
     """Whether the tokenizer ignores case, as those of uncased models do."""
     sample = "The Cat"
@@ -152,7 +172,8 @@ def fingerprint(items: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _check_length(model: nn.Module, longest: int) -> None:
+def check_length(model: nn.Module, longest: int) -> None:
+    """Raises ValueError if the model reads fewer than ``longest`` tokens."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise ValueError(f"a sentence has {longest} tokens, but the model reads at most {limit}")

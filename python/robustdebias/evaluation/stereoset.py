@@ -12,14 +12,13 @@ anti-stereotype and an unrelated word. The choices that the numbers depend on:
 * A tokenizer for which a leading space matters (RoBERTa's) sees the word with one.
 
 The scores depend neither on item ids nor on the order of items, so the flattened form of the data set, which has
-no ids, gives the same numbers as the original file. Its intersentence items are left out.
+no ids, gives the same numbers as the original file. Its intersentence items are the business
+of ``stereoset_inter``.
 """
 
 from __future__ import annotations
 
-import json
-import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,28 +27,20 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from robustdebias.corpus import read_lines
-from robustdebias.evaluation.scoring import Query, fingerprint, log_probabilities, tokenize
+from robustdebias.evaluation.bootstrap import Resampler
+from robustdebias.evaluation.metric import Metric
+from robustdebias.evaluation.scoring import Query, fingerprint, leading_space, log_probabilities, tokenize
+from robustdebias.evaluation.stereoset_items import BLANK, Item, read_items
 
-__all__ = ["DEFINITION", "Item", "Term", "evaluate", "read_items", "score_terms"]
+__all__ = [
+    "DEFINITION", "Item", "Term", "draws", "evaluate", "metric", "read_items", "score_terms", "scores", "summary",
+]  # fmt: skip
 
 DEFINITION = (
     "StereoSet intrasentence (Nadeem et al. 2021): mean sub-token probability, ties count as anti-stereotype, "
     "macro average over target terms, ICAT = LMS * min(SS, 100 - SS) / 50"
 )
-LABELS = ("stereotype", "anti-stereotype", "unrelated")
-BLANK = "BLANK"
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@dataclass(frozen=True)
-class Item:
-    """A context with BLANKs and the words for it, in the order of LABELS."""
-
-    domain: str
-    term: str
-    context: str
-    words: tuple[str, ...]
+_SCORES = ("ss", "lms", "icat")
 
 
 @dataclass(frozen=True)
@@ -87,14 +78,21 @@ def evaluate(
     total, count = np.zeros(3 * len(items)), np.zeros(3 * len(items))
     np.add.at(total, owners, np.exp(log_p))
     np.add.at(count, owners, 1)
-    terms = _terms(items, (total / count).reshape(-1, 3))
+    return {
+        **summary(items, (total / count).reshape(-1, 3)),
+        "definition": DEFINITION,
+        "items": fingerprint(items),
+    }
+
+
+def summary(items: Sequence[Item], ranks: np.ndarray) -> dict[str, Any]:
+    """``overall``, ``by_domain`` and ``per_term`` of choices ranked by ``ranks`` [items, 3], columns as LABELS."""
+    terms = _terms(items, ranks)
     domains = sorted({term.domain for term in terms})
     return {
         "overall": score_terms(terms),
         "by_domain": {domain: score_terms([t for t in terms if t.domain == domain]) for domain in domains},
         "per_term": [vars(term) for term in terms],
-        "definition": DEFINITION,
-        "items": fingerprint(items),
     }
 
 
@@ -111,19 +109,49 @@ def score_terms(terms: Sequence[Term]) -> dict[str, float]:
     return {"lms": lms, "ss": ss, "icat": lms * min(ss, 100 - ss) / 50, "count": count, "terms": len(pro)}
 
 
+def scores(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """``overall.ss``, ``DOMAIN.ss``, and the same with ``lms`` and ``icat``, in per cent."""
+    domains = {"overall": result["overall"], **result["by_domain"]}
+    return {f"{domain}.{score}": own[score] for score in _SCORES for domain, own in domains.items()}
+
+
+def draws(result: Mapping[str, Any], weights: Resampler) -> dict[str, np.ndarray]:
+    """Items are drawn within their target term. As ``score_terms``, for all draws at once."""
+    terms = [Term(**term) for term in result.get("per_term", ())]
+    drawn = [weights.apply(np.array([term.pro, term.related, np.ones(len(term.pro))]).T) for term in terms]
+    found: dict[str, np.ndarray] = {}
+    for domain in ["overall", *sorted({term.domain for term in terms})] if terms else []:
+        sums: dict[str, np.ndarray] = {}  # term -> pro, related, items [R, 3]
+        for term, own in zip(terms, drawn, strict=True):
+            if domain in ("overall", term.domain):
+                sums[term.term] = sums.get(term.term, 0) + own
+        ss, lms = np.mean([[100 * s[:, 0] / s[:, 2], 50 * s[:, 1] / s[:, 2]] for s in sums.values()], 0)
+        if weights.enough(sum(s[0, 2] for s in sums.values())):
+            columns = ss, lms, lms * np.minimum(ss, 100 - ss) / 50
+            found |= {f"{domain}.{score}": column for score, column in zip(_SCORES, columns, strict=True)}
+    return found
+
+
+def metric(name: str) -> Metric:
+    domain, _, score = name.rpartition(".")
+    label = f"StereoSet {score.upper()}" + ("" if domain == "overall" else f", {domain}")
+    return Metric(name, label, "50" if score == "ss" else "100", headline=domain == "overall")
+
+
 def _queries(items: Sequence[Item], tokenizer: Any) -> tuple[list[Query], list[int]]:
     """The questions to the model, and for each the filling (3 * item + label) it belongs to."""
     mask = tokenizer.mask_token_id
     contexts = tokenize(tokenizer, [item.context.replace(BLANK, tokenizer.mask_token) for item in items])
-    # Without the space, a word would be the middle of a longer one to a tokenizer that keeps leading spaces.
-    space = " " if tokenizer.tokenize(" a") != tokenizer.tokenize("a") else ""
-    words = tokenize(tokenizer, [space + word for item in items for word in item.words], special_tokens=False)
+    space = leading_space(tokenizer)
+    words = tokenize(
+        tokenizer, [space + word for item in items for word in item.choices], special_tokens=False
+    )
     queries, owners = [], []
     for filling, pieces in enumerate(words):
         item, context = items[filling // 3], contexts[filling // 3]
         if not pieces:
             raise ValueError(
-                f"the tokenizer makes nothing of {item.words[filling % 3]!r}, a word for {item.context!r}"
+                f"the tokenizer makes nothing of {item.choices[filling % 3]!r}, a word for {item.context!r}"
             )
         for k, target in enumerate(pieces):
             sequence = tuple(
@@ -134,84 +162,11 @@ def _queries(items: Sequence[Item], tokenizer: Any) -> tuple[list[Query], list[i
     return queries, owners
 
 
-def _terms(items: Sequence[Item], scores: np.ndarray) -> list[Term]:
-    """Outcomes by term; ``scores`` [items, 3] in the order of LABELS."""
+def _terms(items: Sequence[Item], ranks: np.ndarray) -> list[Term]:
+    """Outcomes by term; ``ranks`` [items, 3] in the order of LABELS."""
     terms: dict[tuple[str, str], Term] = {}
-    for item, (pro, anti, unrelated) in zip(items, scores.tolist(), strict=True):
+    for item, (pro, anti, unrelated) in zip(items, ranks.tolist(), strict=True):
         term = terms.setdefault((item.domain, item.term), Term(item.domain, item.term, [], []))
         term.pro.append(int(pro > anti))
         term.related.append(int(pro > unrelated) + int(anti > unrelated))
     return list(terms.values())
-
-
-def read_items(path: str | Path) -> list[Item]:
-    """The intrasentence items of a ``.json`` file (the original form) or of any other file (JSON lines)."""
-    path = Path(path)
-    items = list(_read_original(path) if path.suffix == ".json" else _read_flattened(path))
-    if not items:
-        raise ValueError(f"{path}: no intrasentence items in it")
-    return items
-
-
-def _read_flattened(path: Path) -> Iterator[Item]:
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        kind = _text(row, "type", where)
-        if kind not in ("intrasentence", "intersentence"):
-            raise ValueError(f"{where}: type must be intrasentence or intersentence, got {kind!r}")
-        if kind == "intrasentence":
-            yield _item(row, {label: _text(row, label, where) for label in LABELS}, where)
-
-
-def _read_original(path: Path) -> Iterator[Item]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["data"]["intrasentence"]
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); JSON lines are named .jsonl"
-        ) from error
-    except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: expected StereoSet's dev.json with data.intrasentence ({error!r})"
-        ) from error
-    for row in rows:
-        where = f"{path}: item {row.get('id') if isinstance(row, dict) else row!r}"
-        sentences = row.get("sentences") if isinstance(row, dict) else None
-        if not isinstance(sentences, list):
-            raise ValueError(f"{where}: no list of sentences")
-        filled = {_text(s, "gold_label", where): _text(s, "sentence", where) for s in sentences}
-        if len(sentences) != 3 or set(filled) != set(LABELS):
-            raise ValueError(
-                f"{where}: expected one sentence for each of {', '.join(LABELS)}, got {sorted(filled)}"
-            )
-        yield _item(row, filled, where)
-
-
-def _item(row: dict[str, Any], filled: dict[str, str], where: str) -> Item:
-    context = _text(row, "context", where)
-    places = [place for place, word in enumerate(context.split(" ")) if BLANK in word]
-    if not places:
-        raise ValueError(f"{where}: no {BLANK} in the context {context!r}")
-    words = []
-    for label in LABELS:
-        sentence = filled[label].split(" ")
-        word = sentence[places[-1]].translate(_NO_PUNCTUATION) if places[-1] < len(sentence) else ""
-        if not word:
-            raise ValueError(
-                f"{where}: {label} {filled[label]!r} has no word at the place of {BLANK} in {context!r}"
-            )
-        words.append(word)
-    return Item(_text(row, "bias_type", where), _text(row, "target", where), context, tuple(words))
-
-
-def _text(row: Any, field: str, where: str) -> str:
-    value = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: field {field!r} must be a text, got {value!r}")
-    return value
