@@ -6,19 +6,22 @@ Importing this imports torch, but neither triton nor the native kernels: a backe
 from rd_kernels import backends, functional
 from rd_kernels.backends import empty_cache, use_backend
 from rd_kernels.losses import CrossEntropyLoss, GroupDROLoss, LinearGroupDROLoss
-from rd_kernels.objectives import ERM, GroupDRO
+from rd_kernels.objectives import ERM, ChiSquare, CVaR, GroupDRO, Objective
 from rd_kernels.report import GroupReport, GroupStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ERM",
+    "CVaR",
+    "ChiSquare",
     "CrossEntropyLoss",
     "GroupDRO",
     "GroupDROLoss",
     "GroupReport",
     "GroupStats",
     "LinearGroupDROLoss",
+    "Objective",
     "backends",
     "empty_cache",
     "functional",

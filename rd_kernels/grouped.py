@@ -65,9 +65,9 @@ def grouped_loss(
     rows = flat_rows(logits, "logits")
     check_inplace(inplace_backward, rows, "logits")
     name = select(backend, rows, q.shape[0])
-    rule = (objective.rule, objective.rate, adjustment)
     ranks = distributed.world_size(process_group)
-    if ranks is None:
+    if ranks is None and objective.rule is not None:
+        rule = (objective.rule, objective.rate, adjustment)
         loss, stats, status, scale, normaliser = ops.grouped_forward(
             rows.detach(), flat_labels, flat_groups, q, *rule, ignore_index, name
         )
@@ -76,7 +76,16 @@ def grouped_loss(
             rows.detach(), flat_labels, None, 0.0, ignore_index, name
         )
         loss, stats, status, scale = distributed.reduce_and_update(
-            row_loss, outcome, flat_groups, q, rule, rows.shape[1], process_group, ranks, name
+            row_loss,
+            outcome,
+            flat_groups,
+            q,
+            objective,
+            adjustment,
+            rows.shape[1],
+            process_group,
+            ranks,
+            name,
         )
     loss = ops.RowsLoss.apply(
         rows, loss, scale, None, flat_labels, normaliser, None, 0.0, ignore_index, name, inplace_backward
@@ -155,15 +164,15 @@ def linear_grouped_loss(
         *layout,
         name,
     )
-    rule = (objective.rule, objective.rate, adjustment)
     ranks = distributed.world_size(process_group)
-    if ranks is None:
+    if ranks is None and objective.rule is not None:
+        rule = (objective.rule, objective.rate, adjustment)
         loss, stats, status, scale = ops.reduce_and_update(
             row_loss, outcome, flat_groups, q, *rule, num_classes, name
         )
     else:
         loss, stats, status, scale = distributed.reduce_and_update(
-            row_loss, outcome, flat_groups, q, rule, num_classes, process_group, ranks, name
+            row_loss, outcome, flat_groups, q, objective, adjustment, num_classes, process_group, ranks, name
         )
     loss = ops.LinearRowsLoss.apply(
         rows,

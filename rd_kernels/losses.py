@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_kernels import functional, grouped
+from rd_kernels.accumulation import Window
 from rd_kernels.objectives import GroupDRO, Objective
 from rd_kernels.report import GroupReport
 
@@ -106,6 +108,7 @@ class _GroupLoss(nn.Module):
         # Of the last call: stats, status, V, places.
         self._last: tuple[Tensor, Tensor, int, int | None] | None = None
         self._first_run: _FirstRun | None = None
+        self._window: Window | None = None
 
     def _state(self, labels: Tensor, groups: Tensor) -> Tensor:
         """q for this call: the buffer itself while training, a copy that is thrown away in eval mode, and in what
@@ -145,6 +148,46 @@ class _GroupLoss(nn.Module):
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+    @contextmanager
+    def accumulate(self) -> Iterator[Window]:
+        """Gradient accumulation with the numbers of one large batch: statistics first, then the gradients.
+
+        The weights of a batch depend on the losses of all of it, so every micro-batch is seen twice::
+
+            with loss_fn.accumulate() as window:
+                with torch.no_grad():
+                    for batch in micro_batches:
+                        window.observe(*batch)        # what loss_fn takes; adds up sums and counts
+                for batch in micro_batches:
+                    loss_fn(*batch).backward()        # the losses add up to the large batch's, and so do the gradients
+
+        q is updated once, from the statistics of all. With one micro-batch, or where the extra forward is too dear, call
+        the loss without this: q is then updated, and means are taken, in every micro-batch. Dropout must draw the same
+        both times for the statistics to be those of the gradients. Afterwards ``report()`` is of the whole window.
+
+        Raises: RuntimeError for a loss before anything was observed, for another number of losses than of observed
+        micro-batches, for a window inside a window.
+        """
+        if self._window is not None:
+            raise RuntimeError("accumulate() inside accumulate(): finish the one window first")
+        self._window = window = Window(self)
+        try:
+            yield window
+        finally:
+            self._window = None
+        window.finish()
+
+    def _grouped(
+        self, q: Tensor, objective: Objective, adjustment: Tensor | None, *call: Any, **named: Any
+    ) -> grouped.Grouped:
+        """The op for a call's arguments."""
+        raise NotImplementedError
+
+    def _loss(self, labels: Tensor, groups: Tensor, *call: Any) -> Tensor:
+        if self._window is not None:
+            return self._keep(self._grouped(self.group_weights, self._window.weighting(), None, *call))
+        return self._keep(self._grouped(self._state(labels, groups), self.objective, self._adjustment, *call))
 
     def _keep(self, result: grouped.Grouped) -> Tensor:
         self._last = (result.stats, result.status, result.num_classes, result.places)
@@ -210,11 +253,12 @@ class GroupDROLoss(_GroupLoss):
         self.inplace_backward = inplace_backward
 
     def forward(self, logits: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
-        return self._keep(
-            grouped.grouped_loss(
-                logits, labels, groups, self._state(labels, groups), self.objective, self._adjustment,
-                self.ignore_index, self.process_group, self.inplace_backward, self.backend,
-            )
+        return self._loss(labels, groups, logits, labels, groups)
+
+    def _grouped(self, q, objective, adjustment, logits, labels, groups):
+        return grouped.grouped_loss(
+            logits, labels, groups, q, objective, adjustment, self.ignore_index, self.process_group,
+            self.inplace_backward, self.backend,
         )  # fmt: skip
 
 
@@ -250,10 +294,10 @@ class LinearGroupDROLoss(_GroupLoss):
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, groups: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        return self._keep(
-            grouped.linear_grouped_loss(
-                hidden, weight, bias, labels, groups, self._state(labels, groups), self.objective,
-                self._adjustment, self.ignore_index, self.memory_budget, self.process_group, self.backend,
-                self.filter_eps, self.capacity,
-            )
+        return self._loss(labels, groups, hidden, weight, labels, groups, bias)
+
+    def _grouped(self, q, objective, adjustment, hidden, weight, labels, groups, bias=None):
+        return grouped.linear_grouped_loss(
+            hidden, weight, bias, labels, groups, q, objective, adjustment, self.ignore_index, self.memory_budget,
+            self.process_group, self.backend, self.filter_eps, self.capacity,
         )  # fmt: skip
