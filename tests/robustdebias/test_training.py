@@ -8,129 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
 
 from robustdebias.checkpoint import RunDirectory, write_json
-from robustdebias.config import TrainConfig
-from robustdebias.losses import build_loss
-from robustdebias.modeling import HeadInputs
 from robustdebias.sampling import BatchStream
 from robustdebias.training import _schedule
-
-M, V, D, G = 40, 23, 8, 3
-NAMES = ["a", "b", "c"]
-OPTIONS = {"step_size": 0.5, "adjustment": 0.0, "absent_groups": "hold"}
-
-
-def make_inputs(linear: bool = True, present: tuple[int, ...] = (0, 1, 2), seed: int = 0) -> HeadInputs:
-    """Overlapping groups, some rows in none; only the groups in ``present`` have rows."""
-    draw = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(M, D if linear else V, generator=draw).requires_grad_()
-    weight = torch.randn(V, D, generator=draw).requires_grad_() if linear else None
-    groups = torch.rand(M, G, generator=draw) < 0.4
-    groups[:, [g for g in range(G) if g not in present]] = False
-    return HeadInputs(hidden, weight, torch.randint(0, V, (M,), generator=draw), groups, None)
-
-
-def row_losses(inputs: HeadInputs) -> torch.Tensor:
-    logits = inputs.hidden if inputs.weight is None else inputs.hidden @ inputs.weight.t()
-    return functional.cross_entropy(logits, inputs.labels, reduction="none")
-
-
-# ERM: the plain mean
-
-
-@pytest.mark.parametrize("linear", [True, False])
-def test_erm_is_the_mean_over_tokens_however_many_groups_they_are_in(linear: bool) -> None:
-    inputs = make_inputs(linear)
-    assert inputs.groups.sum(1).unique().tolist() == [0, 1, 2, 3]
-    expected = row_losses(inputs)
-    (expected_gradient,) = torch.autograd.grad(expected.mean(), inputs.hidden)
-    loss_fn = build_loss("erm", NAMES, [1, 1, 1], linear=linear, **OPTIONS)
-    loss = loss_fn(inputs)
-    (gradient,) = torch.autograd.grad(loss, inputs.hidden)
-    torch.testing.assert_close(loss, expected.mean())
-    torch.testing.assert_close(gradient, expected_gradient)
-    report = loss_fn.report()
-    assert report.overall.count == M
-    assert report.ungrouped.count == (~inputs.groups.any(1)).sum()
-    for g, name in enumerate(NAMES):
-        rows = inputs.groups[:, g]
-        assert report.by_group[name].count == rows.sum()
-        assert report.by_group[name].loss == pytest.approx(expected[rows].mean().item(), rel=1e-5)
-        assert report.by_group[name].weight == pytest.approx(rows.float().mean().item())
-    assert loss_fn.state_dict() == {}
-
-
-def test_erm_of_an_empty_batch_is_zero() -> None:
-    inputs = make_inputs()
-    empty = HeadInputs(inputs.hidden[:0], inputs.weight, inputs.labels[:0], inputs.groups[:0], None)
-    loss_fn = build_loss("erm", NAMES, [1, 1, 1], linear=True, **OPTIONS)
-    assert loss_fn(empty).item() == 0
-    assert loss_fn.report().by_group["a"].count == 0
-
-
-# Group DRO: absent groups
-
-
-def published_update(q: list[float], losses: dict[int, float], step_size: float) -> list[float]:
-    """Sagawa et al. 2020, Algorithm 1, in plain Python."""
-    raised = [weight * math.exp(step_size * losses.get(g, 0.0)) for g, weight in enumerate(q)]
-    return [weight / sum(raised) for weight in raised]
-
-
-@pytest.mark.parametrize("policy", ["hold", "decay"])
-def test_weights_of_absent_groups(policy: str) -> None:
-    loss_fn = build_loss("group_dro", NAMES, [1, 1, 1], linear=True, **{**OPTIONS, "absent_groups": policy})
-    q = [1 / 3] * 3
-    for step, present in enumerate([(0, 1), (0, 1), (2,), (0, 1, 2), (0,)]):
-        inputs = make_inputs(present=present, seed=step)
-        losses = row_losses(inputs)
-        means = {g: losses[inputs.groups[:, g]].mean().item() for g in present}
-        updated = published_update(q, means, 0.5)
-        if policy == "hold":
-            free = sum(q[g] for g in present)
-            share = sum(updated[g] for g in present)
-            updated = [updated[g] * free / share if g in present else q[g] for g in range(G)]
-        q = updated
-        expected_loss = sum(q[g] * means[g] for g in present)
-        assert loss_fn(inputs).item() == pytest.approx(expected_loss, rel=1e-5)
-        assert loss_fn.group_weights.tolist() == pytest.approx(q, rel=1e-5)
-        weights = [stats.weight for stats in loss_fn.report().by_group.values()]
-        assert weights == loss_fn.group_weights.tolist()
-
-
-def test_evaluation_mode_leaves_the_weights() -> None:
-    loss_fn = build_loss("group_dro", NAMES, [1, 1, 1], linear=True, **OPTIONS).eval()
-    loss_fn(make_inputs())
-    assert loss_fn.group_weights.tolist() == pytest.approx([1 / 3] * 3)
-
-
-def test_weights_stay_finite_when_the_present_groups_have_none_left() -> None:
-    loss_fn = build_loss("group_dro", NAMES, [1, 1, 1], linear=True, **OPTIONS)
-    loss_fn.group_weights.copy_(torch.tensor([0.0, 0.0, 1.0]))
-    loss_fn(make_inputs(present=(0, 1)))
-    assert loss_fn.group_weights.tolist() == [0.0, 0.0, 1.0]
-
-
-def test_size_adjustment_uses_the_training_counts() -> None:
-    loss_fn = build_loss("group_dro", NAMES, [1, 100, 10000], linear=True, **{**OPTIONS, "adjustment": 2.0})
-    inputs = make_inputs()
-    losses = row_losses(inputs)
-    adjusted = {
-        g: losses[inputs.groups[:, g]].mean().item() + 2 / math.sqrt(count)
-        for g, count in enumerate([1, 100, 10000])
-    }
-    loss_fn(inputs)
-    assert loss_fn.group_weights.tolist() == pytest.approx(
-        published_update([1 / 3] * 3, adjusted, 0.5), rel=1e-5
-    )
-
-
-def test_unknown_objective() -> None:
-    with pytest.raises(ValueError, match="objective must be 'erm' or 'group_dro', got 'sgd'"):
-        build_loss("sgd", NAMES, [1, 1, 1], linear=True, **OPTIONS)
-
 
 # The order of the data
 
@@ -166,45 +47,6 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert [stream.batch(number)[1] for number in reversed(range(50))] == batches[::-1]
     assert batches[:25] != batches[25:]
     assert make_stream(seed=1)[0].batch(0)[1] != batches[0]
-
-
-# Configuration
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("objective", "dro", "objective must be one of erm, group_dro, got 'dro'"),
-        ("step_size", -0.1, "step_size must be >= 0, got -0.1"),
-        ("step_size", math.nan, "step_size must be >= 0, got nan"),
-        ("lr", 0, "lr must be > 0, got 0"),
-        ("lr", math.inf, "lr must be > 0, got inf"),
-        ("warmup", 1.5, "warmup must be >= 0 and <= 1, got 1.5"),
-        ("mask_probability", 0.0, "mask_probability must be > 0 and <= 1, got 0.0"),
-        ("batch_size", 0, "batch_size must be at least 1, got 0"),
-        ("max_length", 2, "max_length must be at least 3, got 2"),
-        ("max_steps", 0, "max_steps must be at least 1, got 0"),
-        ("group_level", "word", "group_level must be one of sequence, token, got 'word'"),
-        ("absent_groups", "drop", "absent_groups must be one of hold, decay, got 'drop'"),
-    ],
-)
-def test_bad_configuration_names_the_field(field: str, value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**{field: value})
-
-
-@pytest.mark.parametrize(("field", "value"), [("batch_size", 2.5), ("lr", "1e-4"), ("seed", True)])
-def test_configuration_of_another_type(field: str, value: object) -> None:
-    with pytest.raises(TypeError, match=f"{field} must be"):
-        TrainConfig(**{field: value})
-
-
-def test_length_and_step_size_that_depend_on_the_data() -> None:
-    config = TrainConfig(epochs=2.5, accumulate=4).resolved(batches_per_epoch=41)
-    assert config.max_steps == 26  # 102.5 batches, 4 a step
-    assert config.step_size == 5 / 26
-    assert TrainConfig(max_steps=7, epochs=100, step_size=0.01).resolved(41).max_steps == 7
-    assert TrainConfig(max_steps=7, step_size=0.0).resolved(41).step_size == 0.0
 
 
 def test_the_rate_rises_then_falls_to_zero() -> None:
