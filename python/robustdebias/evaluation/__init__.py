@@ -14,8 +14,10 @@ from dataclasses import replace
 from robustdebias.evaluation import (
     crows_pairs,
     crows_pairs_differing,
+    downstream,
     mlm,
     pseudo_perplexity,
+    seat,
     stereoset,
     stereoset_inter,
 )
@@ -31,6 +33,8 @@ PARTS: dict[str, Part] = {
     "crows_pairs": crows_pairs,
     "crows_pairs_differing": crows_pairs_differing,
     "pseudo_perplexity": pseudo_perplexity,
+    "seat": seat,
+    "downstream": downstream,
 }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ import torch
 
 from robustdebias.checkpoint import RunDirectory, read_json, write_json, write_text
 from robustdebias.corpus import Example, load_corpora, passages
-from robustdebias.experiments.settings import DEMO_MODEL, Corpus, ExperimentSettings, GroupingSettings, load_settings
+from robustdebias.experiments.settings import DEMO_MODEL, Corpus, ExperimentSettings, TextSet, load_settings
 from robustdebias.finetuning import fine_tune, swapper_for
 from robustdebias.modeling import fingerprint, load
 from robustdebias.preparation import PreparedCorpus, prepare, spread, words_within
-from robustdebias.suite import Suite, TextSet
+from robustdebias.suite import Suite
 
 __all__ = ["Cell", "Experiment", "open_experiment"]
 
@@ -179,7 +179,7 @@ def open_experiment(
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{config}: groupings.{key}: {error}") from None
-    sets = {key: _text_set(each.corpus, each.grouping, each.texts, folder, words) for key, each in settings.evaluation.sets.items()}
+    sets = {name: _text_set(each, folder, words) for name, each in settings.evaluation.sets.items()}
     suites = {key: _suite(settings, prepared[key], sets, folder, max_length) for key in settings.groupings}
     return Experiment(
         settings, config.read_text(encoding="utf-8"), Path(out), torch.device(device), load_start, fingerprint(model),
@@ -207,17 +207,17 @@ def _read(corpus: Corpus, folder: Path) -> list[Example]:
     )  # fmt: skip
 
 
-def _text_set(corpus: Corpus, grouping: GroupingSettings, texts: int, folder: Path, words: int) -> TextSet:
-    """All of another corpus, cut into passages: nothing of it was trained on, so nothing is held out."""
-    prepared = prepare(_read(corpus, folder), grouping.grouping(), max_words=words, held_out=0.0)
-    return TextSet(spread(prepared.train, texts), prepared.group_names)
+def _text_set(chosen: TextSet, folder: Path, words: int) -> list[Example]:
+    """Of another corpus, cut into passages: nothing of it was trained on, so nothing is held out."""
+    prepared = prepare(_read(chosen.corpus, folder), chosen.grouping.grouping(), max_words=words, held_out=0.0)
+    return spread(prepared.train, chosen.texts)
 
 
 def _suite(
-    settings: ExperimentSettings, prepared: PreparedCorpus, sets: dict[str, TextSet], folder: Path, max_length: int
+    settings: ExperimentSettings, prepared: PreparedCorpus, sets: dict[str, list[Example]], folder: Path, max_length: int
 ) -> Suite:
     chosen = settings.evaluation
-    neutral: Iterator[str] | Sequence[str] = ()
+    neutral = None
     if chosen.neutral is not None:
         pieces = passages(_read(chosen.neutral.corpus, folder), words_within(max_length))
         neutral = [piece.text for piece in spread(pieces, chosen.neutral.texts)]
@@ -225,8 +225,8 @@ def _suite(
         spread(prepared.held_out, chosen.texts), prepared.group_names,
         _path(chosen.stereoset, folder), _path(chosen.crows_pairs, folder),
         stereoset_tasks=chosen.stereoset_tasks, crows_pairs_forms=chosen.crows_pairs_forms,
-        seat=_path(chosen.seat, folder), neutral=list(neutral), downstream=_path(chosen.downstream, folder),
-        sets=sets, max_length=max_length, seed=settings.data.split_seed,
+        seat=_path(chosen.seat, folder), neutral=neutral, downstream=_path(chosen.downstream, folder),
+        text_sets=sets, max_length=max_length, seed=settings.data.split_seed,
     )  # fmt: skip
 
 

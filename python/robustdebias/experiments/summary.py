@@ -16,6 +16,7 @@ from robustdebias.evaluation.metric import Metric
 from robustdebias.experiments.runner import Experiment
 from robustdebias.experiments.statistics import RULE, START, Difference, Measured, Score, compare, mean_scores, measured
 from robustdebias.finetuning import environment
+from robustdebias.groups import collect_names
 from robustdebias.preparation import PreparedCorpus
 
 __all__ = ["summarise", "write_results"]
@@ -154,8 +155,8 @@ def _data(experiment: Experiment) -> dict[str, Any]:
         "held_out_texts": len(suite.texts),
         "held_out_documents": len({example.document for example in suite.texts}),
         "text_sets": [
-            {"name": name, "texts": len(texts.texts), "groups": list(texts.group_names)}
-            for name, texts in suite.sets.items()
+            {"name": name, "texts": len(texts), "groups": collect_names(texts)}
+            for name, texts in suite.text_sets.items()
         ],
     }  # fmt: skip
 
