@@ -99,14 +99,14 @@ def masked_lm_inputs(model: Any, batch: Mapping[str, Tensor]) -> HeadInputs:
 
     Args:
         batch: input_ids, attention_mask, labels [B, T] int64 (-100: no label), groups bool [B, G] or
-            [B, T, G]; token_type_ids where the model has them. Maybe positions int64 [M]: where ``labels``,
-            flattened, has labels, ascending, from whoever made them on the host. Counting them here makes the
-            host wait for a GPU.
+            [B, T, G]; token_type_ids where the model has them. Whoever makes the labels on the host can add
+            positions int64 [M], where the flattened labels aren't -100, ascending: to find them here, the host
+            has to wait for a GPU. They are believed; a label that they leave out does not count.
 
-    Raises: ValueError for ``positions`` of another shape or dtype. Their values are believed: a label they leave
-    out does not count, one that is -100 is ignored by the loss.
+    Models without an adapter, or with a decoder that is more than a linear layer, compute all logits; a UserWarning
+    says so once.
 
-    Models without an adapter compute all logits; a UserWarning says so once.
+    Raises: ValueError for ``positions`` of another shape or dtype.
     """
     labels, groups = batch["labels"], batch["groups"]
     positions = batch.get("positions")  # [M] in the flattened batch
@@ -162,8 +162,7 @@ def position_limit(model: Any) -> int | None:
     RoBERTa and its descendants count positions from the padding id + 1 on: of 514 there are 512 for tokens.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    first = _first_position(model)
-    return None if positions is None else positions - first
+    return None if positions is None else positions - _first_position(model)
 
 
 def check_length(model: Any, max_length: int) -> None:
