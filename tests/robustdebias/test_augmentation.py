@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from robustdebias.possessives import stands_before_noun
 
 POSSESSIVES = Path(__file__).parent / "fixtures" / "possessives.tsv"
 GENDER = Swapper(["gender"])
+BOLD = ("gender", "race", "religious_ideology")
 ALL = Swapper(["gender", "race", "religion"])
 
 
@@ -122,16 +122,17 @@ def test_her_and_his_on_the_labelled_sentences(expected, accuracy):
 
 def test_her_where_text_says_which_it_was(data_dir):
     """ "his" and "him" tell apart what "her" does not: write "her" in their place, and the rule has to find them."""
-    with (data_dir / "gap" / "gap-validation.tsv").open(encoding="utf-8") as file:
-        texts = [row["Text"] for row in csv.DictReader(file, delimiter="\t")]
+    texts = [
+        example.text for file in BOLD for example in load_corpus(data_dir / "bold" / f"{file}_wiki.json")
+    ]
     outcome = Counter()
     for text in texts:
         for word in re.finditer(r"\b(his|him)\b", text):
             rewritten = text[: word.start()] + "her" + text[word.end() :]
             guess = "his" if stands_before_noun(rewritten, word.start() + 3) else "him"
             outcome[word[0] == guess] += 1
-    assert outcome.total() > 400
-    assert outcome[True] / outcome.total() > 0.95
+    assert outcome[True] + outcome[False] > 1500
+    assert outcome[True] / (outcome[True] + outcome[False]) > 0.98
 
 
 def test_the_rule_takes_a_long_enumeration():
@@ -293,7 +294,7 @@ def test_builtin_counterparts():
     assert {"gender", "race", "religion"} <= set(builtin_counterparts())
     for name in builtin_counterparts():
         counterparts = load_counterparts(name)
-        assert set(counterparts.classes) == set(counterparts.lexicon.classes)
+        assert set(counterparts.classes) <= set(counterparts.lexicon.classes)
 
 
 def test_plurals_alternatives_and_hyphens(make):
