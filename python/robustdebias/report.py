@@ -28,7 +28,7 @@ from robustdebias.evaluation.crows_pairs import RELIABILITY_WARNING
 __all__ = ["comparison_table", "write_report"]
 
 # Left out of metrics.json: outcomes of single items, and steps, which a run's directory has in history.jsonl.
-_BULKY = frozenset({"per_text", "per_term", "outcomes", "history"})
+_BULKY = frozenset({"per_text", "per_term", "per_item", "outcomes", "associations", "history"})
 
 _OBJECTIVES = {
     "erm": "is plain fine-tuning: every hidden word counts the same.",

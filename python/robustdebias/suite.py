@@ -49,7 +49,7 @@ class Suite:
         stereoset: StereoSet's development set, original or flattened.
         crows_pairs: the published ``crows_pairs_anonymized.csv``.
         max_length: tokens a text is cut at.
-        seed: of the masks of ``texts`` and ``text_sets``.
+        seed: of the masks of ``texts`` and ``text_sets``, and of the downstream training.
         stereoset_tasks: of TASKS, those to run.
         crows_pairs_forms: of FORMS, those to run.
         text_sets: further texts with their groups by a name; their losses are the parts ``mlm:NAME``.
@@ -157,7 +157,10 @@ class Suite:
         if self.seat is not None:
             yield "seat", _file_part("seat", self.seat)
         if self.downstream is not None:
-            yield "downstream", _file_part("downstream", self.downstream)
+            yield (
+                "downstream",
+                _file_part("downstream", self.downstream, max_length=self.max_length, seed=self.seed),
+            )
 
     def _texts_part(self, texts: list[Example], groups: list[str]) -> _Part:
         settings = {

@@ -234,9 +234,12 @@ def test_each_part_is_described_by_what_it_depends_on(tmp_path: Path) -> None:
 
 def test_folders_are_described_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    fake = SimpleNamespace(
-        DEFINITION="d", evaluate=lambda model, tokenizer, path: calls.append(path) or {"items": "x"}
-    )
+
+    def evaluate(model: Any, tokenizer: Any, path: Path, **options: Any) -> dict[str, Any]:
+        calls.append((path, options))
+        return {"items": "x"}
+
+    fake = SimpleNamespace(DEFINITION="d", evaluate=evaluate)
     for name in ("seat", "downstream"):
         monkeypatch.setitem(PARTS, name, fake)
         (tmp_path / name).mkdir()
@@ -245,7 +248,7 @@ def test_folders_are_described_by_their_files(tmp_path: Path, monkeypatch: pytes
     before = both.describe()
     assert list(before) == ["seat", "downstream"]
     assert both.measure(None, None) == {"seat": {"items": "x"}, "downstream": {"items": "x"}}
-    assert calls == [tmp_path / "seat", tmp_path / "downstream"]
+    assert calls == [(tmp_path / "seat", {}), (tmp_path / "downstream", {"max_length": 64, "seed": 0})]
     (tmp_path / "seat" / "sent-weat6.jsonl").rename(tmp_path / "seat" / "sent-weat7.jsonl")
     assert both.describe()["seat"] != before["seat"]
     assert both.describe()["downstream"] == before["downstream"]
