@@ -27,6 +27,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 DATA_DIR = Path(os.environ.get("RD_KERNELS_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--online", action="store_true", help="also run the tests that need the Hugging Face hub"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--online"):
+        skip = pytest.mark.skip(reason="needs the Hugging Face hub; run with --online")
+        for item in items:
+            if item.get_closest_marker("online"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder with the public evaluation data (StereoSet, CrowS-Pairs, BOLD, ...), named by RD_KERNELS_DATA_DIR."""

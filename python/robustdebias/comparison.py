@@ -112,9 +112,11 @@ def _small(metric: Metric, before: float) -> float:
     """A difference below this is called slight."""
     if metric.is_loss:
         return SMALL_LOSS * abs(before)
-    if metric.ideal == "0":
-        return SMALL_EFFECT
-    return SMALL_SCORE if metric.unit == "%" else SMALL_SCORE / 100  # a share is a hundredth of its per cent
+    if metric.unit == "%":
+        return SMALL_SCORE
+    return (
+        SMALL_EFFECT if metric.ideal == "0" else SMALL_SCORE / 100
+    )  # a share is a hundredth of its per cent
 
 
 def _difference(

@@ -28,7 +28,7 @@ from robustdebias.evaluation.crows_pairs import RELIABILITY_WARNING
 __all__ = ["comparison_table", "write_report"]
 
 # Left out of metrics.json: outcomes of single items, and steps, which a run's directory has in history.jsonl.
-_BULKY = frozenset({"per_text", "per_term", "outcomes", "history"})
+_BULKY = frozenset({"per_text", "per_term", "per_item", "outcomes", "associations", "history"})
 
 _OBJECTIVES = {
     "erm": "is plain fine-tuning: every hidden word counts the same.",
@@ -111,7 +111,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         "Losses in nats, scores in per cent. In brackets: 95% interval over the test items (none where they are too few);",
         "it says nothing of another training seed.",
     ]
-    if comparison.metrics("crows_pairs."):
+    if comparison.metrics("crows_pairs"):  # in either form
         lines.append(f"Warning: {RELIABILITY_WARNING}")
     return "\n".join(lines)
 
@@ -124,6 +124,7 @@ def _markdown(results: Mapping[str, Any], comparison: Comparison, pictures: Sequ
         ("Held-out loss by group", _loss_section(results, comparison)),
         ("Social bias: StereoSet", _stereoset_section(comparison)),
         ("Social bias: CrowS-Pairs", _crows_pairs_section(comparison)),
+        ("Further measures", _further_section(results, comparison)),
         ("During training", _training_section(results)),
         ("The groups in the text", _coverage(results.get("groups") or {})),
         ("How differences are judged", [RULE]),
@@ -260,6 +261,23 @@ def _crows_pairs_section(comparison: Comparison) -> Iterable[str]:
     yield "How often the model finds the more stereotyping sentence of a pair more probable (original variant). 50 is ideal."
     yield ""
     yield from _score_table(comparison, metrics)
+
+
+def _further_section(results: Mapping[str, Any], comparison: Comparison) -> Iterable[str]:
+    """Parts without a section of their own: each its definition and its scores."""
+    evaluations = [
+        (run or {}).get("evaluation") or {} for run in (results.get("start"), *results["runs"].values())
+    ]
+    parts = dict.fromkeys(metric.name.partition(".")[0] for metric in comparison.metrics())
+    for part in parts:
+        if part not in ("mlm", "stereoset", "crows_pairs"):
+            result = next(evaluation[part] for evaluation in evaluations if part in evaluation)
+            yield f"**{part}**: {result['definition']}."
+            if warning := result.get("reliability_warning"):
+                yield from ("", f"> **Warning.** {warning}")
+            yield ""
+            yield from _score_table(comparison, comparison.metrics(f"{part}."))
+            yield ""
 
 
 def _training_section(results: Mapping[str, Any]) -> Iterable[str]:

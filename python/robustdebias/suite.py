@@ -49,7 +49,7 @@ class Suite:
         stereoset: StereoSet's development set, original or flattened.
         crows_pairs: the published ``crows_pairs_anonymized.csv``.
         max_length: tokens a text is cut at.
-        seed: of the masks of ``texts`` and ``text_sets``.
+        seed: of the masks of ``texts`` and ``text_sets``, and of the downstream training.
         stereoset_tasks: of TASKS, those to run.
         crows_pairs_forms: of FORMS, those to run.
         text_sets: further texts with their groups by a name; their losses are the parts ``mlm:NAME``.
@@ -115,27 +115,25 @@ class Suite:
 
         Raises: ValueError for a part that the suite does not have; and what the parts raise.
         """
-        plan, described = dict(self._plan()), self.describe()
+        plan = dict(self._plan())
         if strangers := set(parts or ()) - set(plan):
             raise ValueError(f"parts: must be among {', '.join(plan)}, got {', '.join(sorted(strangers))}")
-        known = known or {}
+        described, done = ((known or {}).get(key, {}) for key in ("suite", "evaluation"))
         measures = {
-            name: known["evaluation"][name]
-            for name, settings in described.items()
-            if known.get("suite", {}).get(name) == settings and name in known.get("evaluation", {})
+            name: done[name]
+            for name, part in plan.items()
+            if name in done and described.get(name) == part.settings
         }
         for name in plan if parts is None else parts:
             if name not in measures:
                 measures[name] = plan[name].run(model, tokenizer)
                 if save is not None:
-                    save({"suite": {part: described[part] for part in measures}, "evaluation": measures})
+                    save({"suite": {part: plan[part].settings for part in measures}, "evaluation": measures})
         return {name: measures[name] for name in plan if name in measures}
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Of each part what its result depends on beside the model: the data, by fingerprints, and the definition."""
-        return {
-            name: {**part.settings, "definition": module_of(name).DEFINITION} for name, part in self._plan()
-        }
+        return {name: part.settings for name, part in self._plan()}
 
     def _plan(self) -> Iterator[tuple[str, _Part]]:
         sets = {"mlm": (self.texts, self.group_names)}
@@ -157,12 +155,15 @@ class Suite:
         if self.seat is not None:
             yield "seat", _file_part("seat", self.seat)
         if self.downstream is not None:
-            yield "downstream", _file_part("downstream", self.downstream)
+            yield (
+                "downstream",
+                _file_part("downstream", self.downstream, max_length=self.max_length, seed=self.seed),
+            )
 
     def _texts_part(self, texts: list[Example], groups: list[str]) -> _Part:
         settings = {
             "texts": len(texts), "groups": groups, "items": fingerprint((text.text, text.groups) for text in texts),
-            "max_length": self.max_length, "seed": self.seed,
+            "max_length": self.max_length, "seed": self.seed, "definition": mlm.DEFINITION,
         }  # fmt: skip
         return _Part(settings, lambda model, tokenizer: self._loss(texts, groups, model, tokenizer, True))
 
@@ -190,7 +191,7 @@ def _file_part(name: str, source: Path | Sequence[str], **options: Any) -> _Part
     else:
         settings = {"texts": len(source), "items": fingerprint(source)}
     return _Part(
-        {**settings, **options},
+        {**settings, **options, "definition": module_of(name).DEFINITION},
         lambda model, tokenizer: module_of(name).evaluate(model, tokenizer, source, **options),
     )
 

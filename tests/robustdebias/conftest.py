@@ -6,10 +6,12 @@ import json
 import os
 import random
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, just below
+# Read when huggingface_hub is first imported, just below. (An option of pytest would be known too late.)
+os.environ.setdefault("HF_HUB_OFFLINE", "0" if "--online" in sys.argv else "1")
 
 import pytest
 import torch

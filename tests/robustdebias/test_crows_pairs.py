@@ -13,7 +13,7 @@ import pytest
 import torch
 from neighbour_model import NeighbourModel
 
-from robustdebias.evaluation import crows_pairs
+from robustdebias.evaluation import crows_pairs, crows_pairs_differing, metric_of
 
 FIXTURE = Path(__file__).parent / "fixtures" / "eval" / "crows_pairs.csv"
 HEADER = "sent_more,sent_less,stereo_antistereo,bias_type\n"
@@ -144,6 +144,68 @@ def test_as_the_slow_implementation(tiny_model: Any, tiny_tokenizer: Any) -> Non
         assert result["overall"]["score"] == 100 * sum(wins) / len(wins)
         # Pair 5 differs in case alone, which an uncased model doesn't see.
         assert result["overall"]["neutral"] == sum(more == less for more, less in scores) >= 1
+
+
+# The differing tokens' form
+
+
+def test_differing_tokens_by_hand(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Means, not sums: "the woman" has ln 0.35 (0.49 * 0.25 under the root), its sum ln 0.1225 would lose to 0.2."""
+    model = NeighbourModel(
+        tiny_tokenizer,
+        {
+            "[CLS]": {"she": 0.2, "he": 0.2, "the": 0.49},
+            "the": {"woman": 0.25, "man": 0.25 * math.exp(0.0001)},
+        },
+    )
+    path = write(
+        tmp_path / "pairs.csv",
+        "The woman likes bread,She likes bread,stereo,gender",
+        "She likes bread,The woman likes bread,antistereo,gender",
+        "She likes bread,He likes bread,stereo,gender",  # equal: neutral
+        "The woman likes bread,The man likes bread,antistereo,age",  # within the rounding: neutral
+        "She likes,She likes bread,stereo,age",  # the second only adds a word: left out
+        "She likes,she LIKES,stereo,order",  # no difference to an uncased model: left out
+    )
+    result = crows_pairs_differing.evaluate(model, tiny_tokenizer, path, progress=False)
+    assert result["variant"] == "differing"
+    assert result["skipped"] == 2
+    assert result["overall"] == {"score": 25, "stereo": 100, "antistereo": 0, "count": 4, "neutral": 2}
+    assert result["outcomes"] == {"gender": [1, 0, 0], "age": [0]}
+    assert result["by_type"]["age"] == {
+        "score": 0, "stereo": None, "antistereo": None, "count": 1, "neutral": 1,
+    }  # fmt: skip
+    assert "Blodgett" in result["reliability_warning"]
+    assert "not comparable with the original" in result["definition"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_differing_tokens_are_masked_one_at_a_time(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model = NeighbourModel(tiny_tokenizer, {})
+    path = write(tmp_path / "pairs.csv", "She likes bread,The woman likes bread,stereo,gender")
+    crows_pairs_differing.evaluate(model, tiny_tokenizer, path, progress=False)
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tiny_tokenizer.convert_tokens_to_ids(text.split()))
+
+    assert sorted(model.seen) == sorted(
+        [
+            ids("[CLS] [MASK] likes bread [SEP]"),
+            ids("[CLS] [MASK] woman likes bread [SEP]"),
+            ids("[CLS] the [MASK] likes bread [SEP]"),
+        ]
+    )
+
+
+def test_the_two_forms_have_two_names(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    assert metric_of("crows_pairs.overall").label == "CrowS-Pairs score"
+    assert metric_of("crows_pairs_differing.overall").label == "CrowS-Pairs (differing tokens) score"
+    assert metric_of("crows_pairs_differing.age").label == "CrowS-Pairs (differing tokens) score, age"
+    path = write(tmp_path / "pairs.csv", "She likes,She likes bread,stereo,age")
+    with pytest.raises(ValueError, match=r"pairs\.csv: the tokenizer sees no pair in which both"):
+        crows_pairs_differing.evaluate(
+            NeighbourModel(tiny_tokenizer, {}), tiny_tokenizer, path, progress=False
+        )
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ def with_next_sentence_head(name_or_path: str | Path, model: Any) -> Any:
         )  # fmt: skip
     except OSError as error:
         raise ValueError(f"model: cannot load {name_or_path}: {error}") from error
-    return model if info["missing_keys"] else both.to(model.device)
+    missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
+    return model if missing else both.to(model.device)
 
 
 def _has_next_sentence_head(model: nn.Module) -> bool:
