@@ -140,7 +140,7 @@ def group_loss(summary: Summary, grouping: str) -> Figure | None:
 
 
 def bias(summary: Summary, grouping: str) -> Figure | None:
-    """Scores that have an ideal in their midst (50, or 0), a panel for each part, with the ideal."""
+    """Scores that measure bias, which are to be near 50 or 0: a panel for each part, with the ideal as a line."""
     methods = summary.measured(grouping)
     panels: dict[tuple[str, str], list[str]] = {}
     for names in summary.parts().values():
@@ -326,7 +326,7 @@ def _chosen(summary: Summary, names: Sequence[str]) -> list[str]:
 
 
 def _main_bias(summary: Summary) -> str | None:
-    """The first metric that has its ideal in its midst, a headline if there is one."""
+    """The first score that measures bias, a headline if there is one."""
     names = [name for of_part in summary.parts().values() for name in of_part]
     names = [name for name in names if summary.metrics[name].ideal in ("0", "50")]
     return next(iter(sorted(names, key=lambda name: not summary.metrics[name].headline)), None)
@@ -377,8 +377,8 @@ def _suffixes(groupings: Iterable[str]) -> dict[str, str]:
     names = list(groupings)
     if len(names) == 1:
         return {names[0]: ""}
-    words = [re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") for name in names]
+    words = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in names]
     return {
-        name: f"-{word}" if word and words.count(word) == 1 else f"-{number}"
+        name: f"-{word}" if word and words.count(word) == 1 else f"-grouping-{number}"
         for number, (name, word) in enumerate(zip(names, words, strict=True), start=1)
     }

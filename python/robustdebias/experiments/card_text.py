@@ -99,7 +99,7 @@ def content(summary: Summary) -> dict[str, Any]:
         "methods": _methods(summary),
         "parts": headline,
         "details": rest,
-        "seeds": [_seed_table(summary, name) for name in summary.groupings] if len(summary.seeds) > 1 else [],
+        "seeds": [table for name in summary.groupings if (table := _seed_table(summary, name)).blocks],
         "definitions": [(part_title(part), text) for part, text in summary.definitions.items()],
         "interval_rule": _sentence(summary.interval_rule) + ("" if summary.means else _MEAN_INTERVAL),
         "command": summary.command,
@@ -295,10 +295,13 @@ def _interval(low: float | None, high: float | None, digits: int, sign: str = ""
 
 
 def _seed_table(summary: Summary, grouping: str) -> Table:
-    """Of the headline metrics: each seed's score by method, each seed's difference to the baseline, and their spread."""
+    """Of the headline metrics: each seed's score by method, each seed's difference to the baseline, and their spread.
+
+    Empty if there is a single seed.
+    """
     blocks = []
     for name, metric in summary.metrics.items():
-        if not metric.headline:
+        if not metric.headline or len(summary.seeds) < 2:
             continue
         rows = []
         for method in summary.methods:
