@@ -115,8 +115,6 @@ class Difference(_Record):
 
 class Step(_Record):
     step: int
-    loss: Number
-    group_loss: dict[str, Number]
     group_weight: dict[str, Number]
 
 
