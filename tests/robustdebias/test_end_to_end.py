@@ -226,10 +226,10 @@ def test_both_forwards_of_an_exact_step_draw_the_same_dropout(
             assert torch.equal(first, second)
 
 
-def test_bf16_trains(tiny_model_dir: Path, corpus: PreparedCorpus, tmp_path: Path) -> None:
-    history = run(replace(CONFIG, bf16=True, max_steps=30), tiny_model_dir, corpus, tmp_path / "run")[
-        "history"
-    ]
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bf16_trains(objective: str, tiny_model_dir: Path, corpus: PreparedCorpus, tmp_path: Path) -> None:
+    config = replace(CONFIG, objective=objective, bf16=True, max_steps=30, accumulate=2, batch_size=8)
+    history = run(config, tiny_model_dir, corpus, tmp_path / "run")["history"]
     assert history[-1]["loss"] < history[0]["loss"] - 0.5
 
 
