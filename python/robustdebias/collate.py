@@ -163,7 +163,8 @@ class MLMCollator:
         """Mask and pad to the longest sequence of the batch.
 
         Returns int64 `input_ids`, `attention_mask`, `labels` [B, T] (-100 where nothing is to be predicted), where
-        the model takes them `token_type_ids` [B, T], and bool `groups`: [B, G], or [B, T, G] at token level.
+        the model takes them `token_type_ids` [B, T]; bool `groups`: [B, G], or [B, T, G] at token level; and int64
+        `positions` [M], where the flattened labels are not -100, ascending: looked for here, a GPU need not wait.
         """
         shape = len(batch), max((len(sequence.input_ids) for sequence in batch), default=0)
         input_ids = np.full(shape, self._pad_id, dtype=np.int64)
@@ -183,6 +184,7 @@ class MLMCollator:
         if self._with_types:
             tensors["token_type_ids"] = np.zeros(shape, dtype=np.int64)
         result = {name: torch.from_numpy(array) for name, array in tensors.items()}
+        result["positions"] = torch.from_numpy(np.flatnonzero(labels != IGNORED))
         if token_groups is None:
             result["groups"] = group_mask([sequence.groups for sequence in batch], self.group_names)
         else:

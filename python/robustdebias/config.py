@@ -12,7 +12,7 @@ __all__ = ["OBJECTIVES", "RAISED_DROPOUT", "TrainConfig"]
 
 OBJECTIVES = ("erm", "reweight", "group_dro", "cvar", "chi_square")
 
-RAISED_DROPOUT = {"dropout": 0.20, "attention_dropout": 0.15}
+RAISED_DROPOUT: dict[str, Any] = {"dropout": 0.20, "attention_dropout": 0.15}
 """The dropout baseline for BERT in Meade et al. 2022, arXiv 2110.08527 (Webster et al. 2020, arXiv 2010.06032)."""
 
 
@@ -45,7 +45,7 @@ class TrainConfig:
     accumulation: what these batches amount to.
         "exact": one batch of ``accumulate`` times the size. Loss, gradients and q are those of the large batch up to
         rounding. Group DRO, cvar and chi_square need the statistics of all of it first: one more forward, about
-        4/3 of the time. Where the model has dropout, its masks are drawn batch by batch (the same in both forwards),
+        1.4 times the time. Where the model has dropout, its masks are drawn batch by batch (the same in both forwards),
         so they are not those that one large batch would draw.
         "streaming": each batch by itself, the mean of their losses. Group DRO updates q in each of them and compares
         groups within a batch, cvar and chi_square look for the worst texts of each batch, the means of erm and

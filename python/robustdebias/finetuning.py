@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -22,7 +22,10 @@ from robustdebias.preparation import PreparedCorpus
 from robustdebias.suite import Suite
 from robustdebias.training import train
 
-__all__ = ["as_results", "environment", "fine_tune", "read_run"]
+if TYPE_CHECKING:
+    from robustdebias.augmentation import Swapper
+
+__all__ = ["as_results", "environment", "fine_tune", "read_run", "swapper_for"]
 
 
 def fine_tune(
@@ -33,6 +36,7 @@ def fine_tune(
     out_dir: str | Path,
     *,
     annotator: GroupAnnotator | None = None,
+    swapper: Swapper | None = None,
     start: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     resume: bool = False,
@@ -43,6 +47,8 @@ def fine_tune(
 
     Args:
         load_start: gives the model and tokenizer to start from.
+        annotator, swapper: as in :func:`robustdebias.training.train`. Counterfactuals are made of the training passages
+            alone: what is held out, and so what is measured, is the same for every method.
         start: the start's evaluation, where it is known; else it is measured too.
 
     Returns the run's entry in a report: config, history, evaluation, train_seconds, tokens_per_second, and
@@ -55,8 +61,8 @@ def fine_tune(
         names.append(OTHER)
     model, tokenizer = load_start()
     train(
-        config, model.to(device), tokenizer, corpus.train, names, out_dir, annotator=annotator,
-        evaluate=lambda model: suite.held_out(model, tokenizer, detailed=False),
+        config, model.to(device), tokenizer, corpus.train, names, out_dir,
+        annotator=annotator, swapper=swapper, evaluate=lambda model: suite.held_out(model, tokenizer, detailed=False),
         resume=resume, overwrite=overwrite, notes=notes,
     )  # fmt: skip
     if not (run.metrics.is_file() and read_json(run.metrics)["suite"] == suite.describe()):
@@ -82,6 +88,23 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     if run.metrics.is_file():
         entry.update(read_json(run.metrics))
     return entry
+
+
+def swapper_for(names: str, seed: int = 0) -> Swapper:
+    """Makes counterfactuals by those of the lexicons "gender,race:any" that the package has counterparts for.
+
+    Raises ValueError if there is none of these.
+    """
+    from robustdebias.augmentation import Swapper
+    from robustdebias.counterparts import builtin_counterparts
+
+    known = builtin_counterparts()
+    lexicons = [name for part in names.split(",") if (name := part.strip().removesuffix(":any")) in known]
+    if not lexicons:
+        raise ValueError(
+            f"cda: none of the lexicons {names!r} has counterparts; those that have: {', '.join(known)}"
+        )
+    return Swapper(dict.fromkeys(lexicons), seed=seed)
 
 
 def as_results(runs: Mapping[str, dict[str, Any]], title: str, notes: Sequence[str] = ()) -> dict[str, Any]:

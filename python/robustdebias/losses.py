@@ -1,65 +1,101 @@
-"""The two objectives of a run, over the labelled positions that an adapter hands out. G groups.
+"""The objectives of a run, over the labelled positions that an adapter hands out.
 
-ERM here is the mean over labelled tokens, as a plain fine-tuning has it: a token counts once however many
-groups it is in, and also if it is in none; groups are only reported. (``rd.ERM`` counts a row once for each of
-its groups. So the rows are cut into the disjoint cells of equal membership, over which both are the same.)
+l_i is the loss of labelled token i; tokens may be in several groups, or in none.
 
-Group DRO is the op of :mod:`rd_kernels` as it is.
+erm         mean of l_i. A token counts once however many groups it is in (``rd.ERM`` counts a row for each of them).
+reweight    sum w_i l_i / sum w_i with w_i = sum over i's groups of 1 / N_g, N_g the training examples of group g; a
+            token in no group has the weight of those in "other", or 0 (as with Group DRO) where nobody is in "other".
+            Weighting by inverse group frequency (for instance Idrissi et al. 2022, arXiv 2110.14503).
+group_dro   sum_g q_g m_g, m_g the mean of l_i over group g: the op of :mod:`rd_kernels` as it is.
+cvar        sum_t p_t m_t over the TEXTS t of a step, m_t the mean of l_i over text t, p the largest value that weights
+            of at most 1 / (alpha T) each can give: the mean over the worst share alpha of T texts.
+chi_square  the same with p from a chi-square ball of radius rho around uniform (both Levy et al. 2020, arXiv 2010.05893).
+
+The last two are DRO without groups: they need no lexicon, and groups serve for the report alone.
+
+All but group_dro run on disjoint cells: the rows of equal membership, and of one text where texts count. Over cells,
+every objective is a coefficient for each, and the statistics of any group are sums over its cells.
+
+A step over several batches at once goes through ``window``; what it computes stands in :class:`TrainConfig`.
+
+Letters: M labelled rows, G groups, C cells, B texts of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 import rd_kernels as rd
+from robustdebias.config import TrainConfig
+from robustdebias.corpus import OTHER
 from robustdebias.modeling import HeadInputs
 
-__all__ = ["GroupDROObjective", "TokenMean", "build_loss"]
+__all__ = ["Apply", "GroupLoss", "Rows", "TextLoss", "TokenMean", "build_loss"]
+
+Apply = Callable[[int, Callable[[HeadInputs], Any]], Any]
+"""``apply(k, function)``: ``function`` of the inputs of batch k of a step, with that batch's dropout masks."""
+
+
+class Rows(NamedTuple):
+    """What is known of a batch's labelled rows before the model has run."""
+
+    groups: Tensor  # [M, G] bool
+    texts: Tensor  # [M] int64: which text of the batch
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> Rows:
+        """From what :class:`robustdebias.collate.MLMCollator` gives."""
+        groups, positions = batch["groups"], batch["positions"]
+        texts = positions // batch["labels"].shape[1]
+        return cls(groups.flatten(0, 1)[positions] if groups.dim() == 3 else groups[texts], texts)
 
 
 def build_loss(
-    objective: str,
-    group_names: Sequence[str],
-    group_counts: Sequence[int],
-    *,
-    step_size: float,
-    adjustment: float,
-    absent_groups: str,
-    linear: bool,
-    backend: str = "auto",
-) -> TokenMean | GroupDROObjective:
-    """The loss of a run: "erm" or "group_dro".
+    config: TrainConfig, group_names: Sequence[str], group_counts: Sequence[int], *, linear: bool
+) -> GroupLoss | TokenMean | TextLoss:
+    """The loss of a run with this configuration, its ``step_size`` resolved.
+
+    Each is called with a batch's :class:`HeadInputs`, and with ``share``, what the batch is of its step (default 1),
+    which multiplies the loss. ``report()`` tells of the last batch: the weight of a group is its q with Group DRO, else
+    its part in the step's loss, so that weights of overlapping groups may sum to more than 1.
 
     Args:
-        group_counts: number of training examples in each group, for the size adjustment.
+        group_counts: number of training examples in each group [G].
         linear: whether the inputs are decoder inputs (the linear op) or full logits (the logits op).
 
-    Raises: ValueError for another objective, and what ``rd.GroupDRO``, the losses and ``rd.use_backend`` raise.
+    Raises: ValueError for a group without examples, and what the objectives of rd, the losses and
+    ``rd.use_backend`` raise.
     """
-    if backend != "auto":
-        try:
-            with rd.use_backend(backend):  # an unknown or missing one is an error now, not at the first batch
+    if config.backend != "auto":
+        try:  # an unknown or missing one is an error now, not at the first batch
+            with rd.use_backend(config.backend):
                 pass
         except ValueError as error:
             raise ValueError(f"backend: {error}") from None
+    if empty := [name for name, count in zip(group_names, group_counts, strict=True) if count < 1]:
+        raise ValueError(f"group_counts: no training example is in {', '.join(empty)}")
     op_class = rd.LinearGroupDROLoss if linear else rd.GroupDROLoss
-    if objective == "erm":
-        return TokenMean(op_class, group_names, backend)
-    if objective == "group_dro":
-        counts = [max(count, 1) for count in group_counts]
-        policy = cast(Literal["decay", "hold"], absent_groups)
-        rule = rd.GroupDRO(step_size, adjustment, counts if adjustment else None, policy)
-        return GroupDROObjective(
-            op_class(len(group_names), objective=rule, group_names=group_names, backend=backend)
+    if config.objective == "group_dro":
+        policy = cast(Literal["decay", "hold"], config.absent_groups)
+        counts = tuple(group_counts) if config.adjustment else None
+        rule = rd.GroupDRO(config.step_size or 0.0, config.adjustment, counts, policy)
+        return GroupLoss(
+            op_class(len(group_names), objective=rule, group_names=group_names, backend=config.backend)
         )
-    raise ValueError(f"objective must be 'erm' or 'group_dro', got {objective!r}")
+    if config.objective == "cvar":
+        return TextLoss(op_class, group_names, config.backend, rd.CVaR(config.alpha, base="groups"))
+    if config.objective == "chi_square":
+        return TextLoss(op_class, group_names, config.backend, rd.ChiSquare(config.radius, base="groups"))
+    inverse = 1 / torch.tensor(group_counts, dtype=torch.float64) if config.objective == "reweight" else None
+    return TokenMean(op_class, group_names, config.backend, inverse)
 
 
-class GroupDROObjective(nn.Module):
+class GroupLoss(nn.Module):
     """Group DRO; its ``group_weights`` q [G] are updated before they weight the batch."""
 
     def __init__(self, op: Any):
@@ -70,64 +106,212 @@ class GroupDROObjective(nn.Module):
     def group_weights(self) -> Tensor:
         return self.op.group_weights
 
-    def forward(self, inputs: HeadInputs) -> Tensor:
-        return _call(self.op, inputs, inputs.groups)
+    def forward(self, inputs: HeadInputs, share: float = 1.0) -> Tensor:
+        return share * self.op(*_arguments(inputs, inputs.groups))
+
+    def window(self, rows: Sequence[Rows], apply: Apply) -> Iterator[Tensor]:
+        """The losses of batches whose sum is the loss of all in one; each is to be differentiated before the next.
+
+        The model runs twice: first for the statistics of the whole, from which q is updated once.
+        """
+        with self.op.accumulate() as window:
+            for k in range(len(rows)):
+                with torch.no_grad():
+                    apply(k, lambda inputs: window.observe(*_arguments(inputs, inputs.groups)))
+            for k in range(len(rows)):
+                yield apply(k, self)
 
     def report(self) -> rd.GroupReport:
         return self.op.report()
 
+    def weights_of(self, reports: Sequence[rd.GroupReport]) -> dict[str, float]:
+        """The groups' weights after a step, from the reports of its batches: the last q."""
+        return {name: stats.weight for name, stats in reports[-1].by_group.items()}
 
-class TokenMean(nn.Module):
-    """The mean loss over labelled tokens, reported by group. Has no state."""
+
+class _CellLoss(nn.Module):
+    """What the objectives over cells share. They have no state from one step to the next."""
 
     def __init__(self, op_class: Any, group_names: Sequence[str], backend: str):
         super().__init__()
         self._op_class, self._names, self._backend = op_class, tuple(group_names), backend
-        self._last: tuple[rd.GroupReport, list[list[bool]]] | None = None
+        self._last: tuple[rd.GroupReport, list[list[bool]], float] | None = None
 
-    def forward(self, inputs: HeadInputs) -> Tensor:
-        cells, cell_of_row = _cells(inputs.groups)
-        op = self._op_class(max(len(cells), 1), objective=rd.ERM(), backend=self._backend)
-        loss = _call(op, inputs, cell_of_row)
-        self._last = op.report(), cells
-        return loss
+    def _cells(self, rows: Rows | HeadInputs) -> _Cells:
+        raise NotImplementedError
+
+    def _objective(self, cells: _Cells) -> rd.Objective:
+        raise NotImplementedError
+
+    def _op(self, cells: _Cells) -> Any:
+        return self._op_class(len(cells.texts), objective=self._objective(cells), backend=self._backend)
+
+    def forward(self, inputs: HeadInputs, share: float = 1.0) -> Tensor:
+        cells = self._cells(inputs)
+        return self._run(self._op(cells), inputs, cells, share)
+
+    def _run(self, op: Any, inputs: HeadInputs, cells: _Cells, share: float = 1.0) -> Tensor:
+        loss = op(*_arguments(inputs, cells.of_row))
+        self._last = op.report(), cells.groups.tolist(), share
+        return share * loss
 
     def report(self) -> rd.GroupReport:
-        """As the op's own; a group's weight is its share of the labelled tokens, so shares may sum to more than 1."""
+        """Statistics of the last batch by group."""
         if self._last is None:
             raise RuntimeError("report() needs a call of the loss first")
-        report, cells = self._last
+        report, cells, share = self._last
         members = list(zip(cells, report.by_group.values(), strict=False))
-        total = report.overall.count
         return rd.GroupReport(
             report.overall,
-            _merged([stats for cell, stats in members if not any(cell)], total),
+            _merged([stats for cell, stats in members if not any(cell)], share),
             {
-                name: _merged([stats for cell, stats in members if cell[group]], total)
+                name: _merged([stats for cell, stats in members if cell[group]], share)
                 for group, name in enumerate(self._names)
             },
         )
 
+    def weights_of(self, reports: Sequence[rd.GroupReport]) -> dict[str, float]:
+        """The groups' weights in a step's loss, from the reports of its batches."""
+        return {name: sum(report.by_group[name].weight for report in reports) for name in self._names}
 
-def _call(op: nn.Module, inputs: HeadInputs, groups: Tensor) -> Tensor:
+
+class TokenMean(_CellLoss):
+    """erm and reweight: a mean over labelled tokens.
+
+    Args:
+        inverse: 1 / N_g [G] float64, or None where all tokens count alike.
+    """
+
+    def __init__(
+        self, op_class: Any, group_names: Sequence[str], backend: str, inverse: Tensor | None = None
+    ):
+        super().__init__(op_class, group_names, backend)
+        self._inverse = inverse
+        self._ungrouped = 0.0
+        if inverse is not None and OTHER in group_names:
+            self._ungrouped = float(inverse[self._names.index(OTHER)])
+
+    def _cells(self, rows: Rows | HeadInputs) -> _Cells:
+        return _Cells.of(rows.groups)
+
+    def _objective(self, cells: _Cells) -> rd.Objective:
+        return rd.ERM() if self._inverse is None else _RowWeights(self._weights(cells.groups))
+
+    def _weights(self, groups: Tensor) -> Tensor:
+        """w_i of rows with these memberships [., G] -> [.] float64."""
+        if self._inverse is None:
+            return torch.ones(len(groups), dtype=torch.float64, device=groups.device)
+        inside = groups.double() @ self._inverse.to(groups.device)
+        return torch.where(groups.any(dim=1), inside, self._ungrouped)
+
+    def window(self, rows: Sequence[Rows], apply: Apply) -> Iterator[Tensor]:
+        """As :meth:`GroupLoss.window`; the weights are known beforehand, so the model runs once."""
+        masses = [float(self._weights(each.groups).sum()) for each in rows]
+        for k, mass in enumerate(masses):
+            share = mass / (sum(masses) or 1.0)
+            yield apply(k, lambda inputs, share=share: self(inputs, share))
+
+
+class TextLoss(_CellLoss):
+    """cvar and chi_square: robust to the mixture of texts.
+
+    Args:
+        over_texts: the objective whose groups are texts.
+    """
+
+    def __init__(self, op_class: Any, group_names: Sequence[str], backend: str, over_texts: rd.Objective):
+        super().__init__(op_class, group_names, backend)
+        self._over_texts = over_texts
+
+    def _cells(self, rows: Rows | HeadInputs) -> _Cells:
+        return _Cells.of(rows.groups, rows.texts)
+
+    def _objective(self, cells: _Cells) -> rd.Objective:
+        belongs = cells.texts.unique()[:, None] == cells.texts
+        return _OverTexts(self._over_texts, belongs.double())
+
+    def window(self, rows: Sequence[Rows], apply: Apply) -> Iterator[Tensor]:
+        """As :meth:`GroupLoss.window`; the worst texts are those of all batches."""
+        whole, of_row = _Cells.joined([self._cells(each) for each in rows])
+        op = self._op(whole)
+        parts = [whole._replace(of_row=each) for each in of_row]
+        with op.accumulate() as window:
+            for k, part in enumerate(parts):
+                with torch.no_grad():
+                    apply(k, lambda inputs, part=part: window.observe(*_arguments(inputs, part.of_row)))
+            for k, part in enumerate(parts):
+                yield apply(k, lambda inputs, part=part: self._run(op, inputs, part))
+
+
+class _Cells(NamedTuple):
+    """Labelled rows cut into disjoint cells."""
+
+    groups: Tensor  # [C, G] bool: the groups of a cell's rows
+    texts: Tensor  # [C] int64: the text of a cell's rows, 0 where texts do not count
+    of_row: Tensor  # [M] int64
+
+    @classmethod
+    def of(cls, groups: Tensor, texts: Tensor | None = None) -> _Cells:
+        """Rows with these memberships [M, G], of these texts [M]."""
+        if texts is None:
+            texts = torch.zeros(len(groups), dtype=torch.int64, device=groups.device)
+        if not len(groups):  # one cell without rows
+            return cls(groups.new_zeros(1, groups.shape[1]), texts.new_zeros(1), texts)
+        cells, of_row = torch.cat([texts[:, None], groups], dim=1).unique(dim=0, return_inverse=True)
+        return cls(cells[:, 1:].bool(), cells[:, 0], of_row)
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Cells]) -> tuple[_Cells, list[Tensor]]:
+        """The cells of several batches, of different texts, as those of one; and the cells of each batch's rows."""
+        texts, of_row, texts_before, cells_before = [], [], 0, 0
+        for part in parts:
+            texts.append(part.texts + texts_before)
+            of_row.append(part.of_row + cells_before)
+            texts_before += max(part.texts.tolist(), default=-1) + 1
+            cells_before += len(part.texts)
+        return cls(torch.cat([part.groups for part in parts]), torch.cat(texts), torch.cat(of_row)), of_row
+
+
+@dataclass(frozen=True, eq=False)
+class _RowWeights(rd.Objective):
+    """sum w_i l_i / sum w_i, the rows of a cell having the same w [C] float64."""
+
+    weights: Tensor
+
+    def update(self, sums: Tensor, counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mass = self.weights @ counts
+        coefficients = torch.where(mass > 0, self.weights / mass, 0.0)
+        return coefficients, q, coefficients * counts
+
+
+@dataclass(frozen=True, eq=False)
+class _OverTexts(rd.Objective):
+    """An objective without state whose groups are texts, for rows that are grouped by cells."""
+
+    over_texts: rd.Objective
+    belongs: (
+        Tensor  # [B, C] float64: 1 where the cell is of the text. A product with it adds in a fixed order.
+    )
+
+    def update(self, sums: Tensor, counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        text_sums, text_counts = self.belongs @ sums, self.belongs @ counts
+        of_text, _, _ = self.over_texts.update(text_sums, text_counts, torch.ones_like(text_sums))
+        coefficients = of_text @ self.belongs
+        return coefficients, q, coefficients * counts
+
+
+def _arguments(inputs: HeadInputs, groups: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the op."""
     if inputs.weight is None:
-        return op(inputs.hidden, inputs.labels, groups)
-    return op(inputs.hidden, inputs.weight, inputs.labels, groups, bias=inputs.bias)
+        return inputs.hidden, inputs.labels, groups
+    return inputs.hidden, inputs.weight, inputs.labels, groups, inputs.bias
 
 
-def _cells(groups: Tensor) -> tuple[list[list[bool]], Tensor]:
-    """Membership [M, G] -> the different memberships, and the number of each row's [M]."""
-    if not len(groups):
-        return [], torch.zeros(0, dtype=torch.int64, device=groups.device)
-    cells, cell_of_row = groups.unique(dim=0, return_inverse=True)
-    return cells.tolist(), cell_of_row
-
-
-def _merged(parts: Sequence[rd.GroupStats], total: int) -> rd.GroupStats:
+def _merged(parts: Sequence[rd.GroupStats], share: float) -> rd.GroupStats:
     parts = [part for part in parts if part.count]
     count = sum(part.count for part in parts)
     if not count:
         return rd.GroupStats(float("nan"), 0, 0.0, float("nan"))
     loss = sum(part.loss * part.count for part in parts) / count
     accuracy = sum(part.accuracy * part.count for part in parts) / count
-    return rd.GroupStats(loss, count, count / total, accuracy)
+    return rd.GroupStats(loss, count, share * sum(part.weight for part in parts), accuracy)

@@ -13,12 +13,20 @@ DATA, GROUPS, TRAINING, EVALUATION = "Data and model", "Groups", "Training", "Ev
 
 class Objective(str, Enum):
     erm = "erm"
+    reweight = "reweight"
     group_dro = "group_dro"
+    cvar = "cvar"
+    chi_square = "chi_square"
 
 
 class GroupLevel(str, Enum):
     sequence = "sequence"
     token = "token"
+
+
+class Accumulation(str, Enum):
+    exact = "exact"
+    streaming = "streaming"
 
 
 class AbsentGroups(str, Enum):

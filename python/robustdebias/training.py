@@ -11,10 +11,12 @@ import hashlib
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +27,15 @@ from robustdebias.checkpoint import RunDirectory
 from robustdebias.collate import Encoded, MLMCollator, encode
 from robustdebias.config import TrainConfig
 from robustdebias.corpus import OTHER, Example
+from robustdebias.dropout import with_dropout
 from robustdebias.groups import GroupAnnotator, group_mask
 from robustdebias.interrupts import Interrupted, stop_signals
-from robustdebias.losses import build_loss
-from robustdebias.modeling import check_length, fingerprint, has_adapter, masked_lm_inputs
+from robustdebias.losses import Rows, build_loss
+from robustdebias.modeling import HeadInputs, check_length, fingerprint, has_adapter, masked_lm_inputs
 from robustdebias.sampling import BatchStream, derived_seed
+
+if TYPE_CHECKING:
+    from robustdebias.augmentation import Swapper
 
 __all__ = ["train"]
 
@@ -43,6 +49,7 @@ def train(
     out_dir: str | Path,
     *,
     annotator: GroupAnnotator | None = None,
+    swapper: Swapper | None = None,
     evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -52,7 +59,9 @@ def train(
 
     Args:
         train_examples: with their groups, all of which stand in ``group_names``.
-        annotator: finds the tokens that name a group; needed for token-level groups.
+        annotator: finds the tokens that name a group; needed for token-level groups. With ``cda`` it also finds the
+            groups of counterfactuals, which otherwise have their originals' labels.
+        swapper: makes the counterfactuals; needed for ``cda``.
         evaluate: called in eval mode every ``eval_every`` steps; what it returns is recorded.
         resume: go on with the interrupted run in ``out_dir``; a finished one is read, not repeated.
         overwrite: replace the run in ``out_dir``.
@@ -69,17 +78,24 @@ def train(
     token_level = config.group_level == "token"
     if token_level and annotator is None:
         raise ValueError("group_level: 'token' needs lexicons; ready-made labels belong to whole texts")
+    if config.cda and swapper is None:
+        raise ValueError("cda: needs a swapper, which makes the counterfactuals")
     check_length(model, config.max_length)
-    membership = _membership(train_examples, group_names, everywhere=OTHER if token_level else None)
+    everywhere = OTHER if token_level else None
+    membership = _membership(train_examples, group_names, everywhere)
+    config = config.resolved(math.ceil(len(train_examples) / config.batch_size))
+    counterfactuals = None
+    if config.cda and swapper is not None:  # for as many steps as without
+        train_examples, group_names, counterfactuals = _with_counterfactuals(
+            train_examples, group_names, swapper, annotator, config.cda_keep, everywhere
+        )
+        membership = _membership(train_examples, group_names, everywhere)
     encoded = encode(train_examples, tokenizer, config.max_length, annotator if token_level else None)
     counts = membership.sum(0).tolist()
     stream = BatchStream(membership, config.batch_size, config.seed)
-    config = config.resolved(stream.batches_per_epoch)
     total = config.max_steps or 0
-    loss_fn = build_loss(
-        config.objective, group_names, counts, step_size=config.step_size or 0.0, adjustment=config.adjustment,
-        absent_groups=config.absent_groups, linear=has_adapter(model), backend=config.backend,
-    ).to(model.device)  # fmt: skip
+    loss_fn = build_loss(config, group_names, counts, linear=has_adapter(model)).to(model.device)
+    trained = with_dropout(model, config.dropout, config.attention_dropout)
     optimizer = _optimizer(model, config)
     collator = MLMCollator(
         tokenizer, list(group_names), mask_probability=config.mask_probability, whole_word=config.whole_word,
@@ -90,7 +106,7 @@ def train(
     settings = {
         "train": asdict(config),
         "data": {"texts": len(encoded), "groups": dict(zip(group_names, counts, strict=True)),
-                 "fingerprint": _fingerprint(encoded)},
+                 "fingerprint": _fingerprint(encoded), "counterfactuals": counterfactuals},
         "start": fingerprint(model), **(notes or {}),
     }  # fmt: skip
     run.claim(settings, resume=resume, overwrite=overwrite)
@@ -117,7 +133,7 @@ def train(
             started = time.perf_counter()
             numbers = range((step - 1) * config.accumulate, step * config.accumulate)
             batches = [_batch(stream, collator, encoded, number, model.device) for number in numbers]
-            record = _train_step(step, total, batches, model, loss_fn, optimizer, config)
+            record = _train_step(step, total, batches, trained, loss_fn, optimizer, config)
             seconds += time.perf_counter() - started
             tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
             if evaluate is not None and config.eval_every and step % config.eval_every == 0:
@@ -154,14 +170,23 @@ def _train_step(
     config: TrainConfig,
 ) -> dict[str, Any]:
     """One optimizer step over ``accumulate`` batches; returns its record for the history."""
+
+    def apply(k: int, function: Callable[[HeadInputs], Any]) -> Any:
+        # Whoever runs a batch twice gets the same dropout masks twice.
+        torch.manual_seed(derived_seed(config.seed, "dropout", step, k))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
+            return function(masked_lm_inputs(model, batches[k]))
+
     for group in optimizer.param_groups:
         group["lr"] = config.lr * _schedule(step, total, config.warmup)
     model.train()
-    torch.manual_seed(derived_seed(config.seed, "dropout", step))
+    if config.accumulation == "exact" and len(batches) > 1:
+        losses = loss_fn.window([Rows.of(batch) for batch in batches], apply)
+    else:
+        each = partial(loss_fn, share=1 / len(batches))
+        losses = (apply(k, each) for k in range(len(batches)))
     objective, reports = 0.0, []
-    for batch in batches:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
-            loss = loss_fn(masked_lm_inputs(model, batch)) / len(batches)
+    for loss in losses:
         loss.backward()
         objective += loss.item()
         reports.append(loss_fn.report())
@@ -180,7 +205,7 @@ def _train_step(
         "objective": objective,
         "group_loss": {name: loss for name, (loss, _) in means.items()},
         "group_count": {name: count for name, (_, count) in means.items()},
-        "group_weight": {name: stats.weight for name, stats in reports[-1].by_group.items()},
+        "group_weight": loss_fn.weights_of(reports),
         "grad_norm": norm,
         "lr": optimizer.param_groups[0]["lr"],
     }
@@ -234,6 +259,38 @@ def _membership(examples: Sequence[Example], group_names: Sequence[str], everywh
     if empty:
         raise ValueError(f"group_names: no training text is in {', '.join(empty)}")
     return membership
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """An annotator whose small groups are folded, as those of the training texts are."""
+
+    annotator: GroupAnnotator
+    names: Sequence[str]
+
+    def annotate(self, text: str) -> tuple[str, ...]:
+        return tuple(name for name in self.annotator.annotate(text) if name in self.names) or (OTHER,)
+
+
+def _with_counterfactuals(
+    examples: Sequence[Example],
+    group_names: Sequence[str],
+    swapper: Swapper,
+    annotator: GroupAnnotator | None,
+    keep: str,
+    everywhere: str | None,
+) -> tuple[list[Example], list[str], dict[str, Any]]:
+    """Pairs of texts, their groups, counts. A group is gone if all its texts are: warns, "other" excepted."""
+    from robustdebias.augmentation import augment
+
+    labels: Any = annotator and _Labels(annotator, group_names)
+    pairs = augment(examples, swapper, annotator=labels, keep=cast(Literal["augmented", "all"], keep))
+    present = {everywhere, *(name for pair in pairs.examples for name in pair.groups or ())}
+    names = [name for name in dict.fromkeys([*group_names, OTHER]) if name in present]
+    if gone := [name for name in group_names if name not in present and name != OTHER]:
+        warnings.warn(f"cda: none of their texts has a counterfactual: {', '.join(gone)}", stacklevel=3)
+    counts = {"texts": pairs.texts, "augmented": pairs.augmented, "swaps": pairs.swaps, "left": pairs.left}
+    return pairs.examples, names, counts
 
 
 def _fingerprint(encoded: Sequence[Encoded]) -> str:

@@ -98,7 +98,7 @@ def test_unknown_options_and_choices_are_usage_errors(finetune_options: list[obj
     assert call("finetune").exit_code == 2
     result = call(*finetune_options, "--out", tmp_path / "run", "--objective", "sgd")
     assert result.exit_code == 2
-    assert "'erm'" in result.stderr
+    assert "'erm', 'reweight', 'group_dro', 'cvar', 'chi_square'" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -115,6 +115,12 @@ def test_unknown_options_and_choices_are_usage_errors(finetune_options: list[obj
         (["--groups", ""], "lexicons: expected at least one"),
         (["--step-size", "-1"], "step_size must be >= 0, got -1.0"),
         (["--lr", "nan"], "lr must be > 0, got nan"),
+        (["--objective", "cvar", "--alpha", "0"], "alpha must be > 0 and <= 1, got 0.0"),
+        (["--objective", "chi_square", "--radius", "-1"], "radius must be >= 0, got -1.0"),
+        (
+            ["--cda", "--groups", "none"],
+            "cda: none of the lexicons 'none' has counterparts; those that have: ",
+        ),
         (["--stereoset", "nowhere.json"], "stereoset: there is no file nowhere.json"),
         (["--data-dir", "nowhere"], "data_dir: there is no folder nowhere"),
         (["--device", "abacus"], "device: 'abacus' can't be used here"),
@@ -222,6 +228,30 @@ def test_finetune_evaluate_compare(
     report = (tmp_path / "report" / "report.md").read_text()
     assert "erm" in report
     assert "dro" in report
+
+
+def test_every_method_is_a_flag(finetune_options: list[object], tmp_path: Path) -> None:
+    methods: list[tuple[list[object], dict[str, object]]] = [
+        (["--objective", "erm"], {"objective": "erm", "accumulation": "exact"}),
+        (["--objective", "reweight"], {"objective": "reweight"}),
+        (["--adjustment", 2], {"objective": "group_dro", "adjustment": 2.0}),
+        (["--objective", "cvar", "--alpha", 0.5], {"objective": "cvar", "alpha": 0.5}),
+        (["--objective", "chi_square", "--radius", 0.5], {"objective": "chi_square", "radius": 0.5}),
+        (["--objective", "erm", "--cda"], {"objective": "erm", "cda": True}),
+        (["--objective", "erm", "--raised-dropout"], {"dropout": 0.2, "attention_dropout": 0.15}),
+        (["--accumulate", 2, "--accumulation", "streaming"], {"accumulate": 2, "accumulation": "streaming"}),
+    ]
+    items = set()
+    for number, (flags, expected) in enumerate(methods):
+        out = tmp_path / str(number)
+        result = call(*finetune_options, *flags, "--max-steps", 2, "--out", out)
+        assert result.exit_code == 0, result.output
+        recorded = json.loads((out / "config.json").read_text())
+        assert recorded["train"] == {**recorded["train"], **expected}
+        assert (recorded["data"]["counterfactuals"] is not None) == ("--cda" in flags)
+        assert len(RunDirectory(out).read_history()) == 2
+        items.add(json.loads((out / "metrics.json").read_text())["evaluation"]["mlm"]["items"])
+    assert len(items) == 1  # all are measured on the same text, which is never augmented
 
 
 def test_an_interrupt_saves_and_exits_with_130(

@@ -118,13 +118,24 @@ def test_padding(collator, encoded):
     assert len(set(lengths)) > 1
     assert {name: tensor.shape for name, tensor in batch.items()} == {
         "input_ids": (8, max(lengths)), "attention_mask": (8, max(lengths)), "labels": (8, max(lengths)),
-        "groups": (8, 3),
+        "groups": (8, 3), "positions": (int((batch["labels"] != -100).sum()),),
     }  # fmt: skip
     assert batch["attention_mask"].sum(1).tolist() == lengths
     padding = batch["attention_mask"] == 0
     assert (batch["input_ids"][padding] == 0).all()
     assert (batch["labels"][padding] == -100).all()
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "attention_mask", "labels"))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_are_those_of_the_labels(tiny_tokenizer, encoded, monkeypatch, side):
+    monkeypatch.setattr(tiny_tokenizer, "padding_side", side)
+    batch = MLMCollator(tiny_tokenizer, ["a", "b"])(encoded[:8])
+    expected = [place for place, label in enumerate(batch["labels"].flatten().tolist()) if label != -100]
+    assert batch["positions"].tolist() == expected
+    assert batch["positions"].dtype == torch.int64
+    nothing = MLMCollator(tiny_tokenizer, ["a"])(encode([Example("", "d", ("a",))], tiny_tokenizer, 16))
+    assert nothing["positions"].tolist() == []
 
 
 def test_token_types_for_the_models_that_take_them(tiny_tokenizer, encoded, monkeypatch):

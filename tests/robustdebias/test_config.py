@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_table_of_settings() -> None:
     ],
 )  # fmt: skip
 def test_a_bad_table_names_place_and_key(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         TrainConfig.from_dict(settings, where="plan.toml: train")
     assert str(error.value).startswith(message)
 

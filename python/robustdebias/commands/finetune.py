@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from robustdebias.options import (
     GROUPS,
     TRAINING,
     AbsentGroups,
+    Accumulation,
     BackendOption,
     CorpusOption,
     CrowsPairsOption,
@@ -61,25 +63,61 @@ def finetune(
         ),
     ] = GroupLevel.sequence,
     objective: Annotated[
-        Objective, typer.Option(help="What is minimised.", rich_help_panel=TRAINING)
+        Objective,
+        typer.Option(
+            help="What is minimised: the mean loss, the mean weighted by inverse group size, that of the worst groups, "
+            "or that of the worst texts (cvar and chi_square, which need no groups).",
+            rich_help_panel=TRAINING,
+        ),
     ] = Objective.group_dro,
     step_size: Annotated[
         float | None,
-        typer.Option(help="Of the group weights.", show_default="5 / steps", rich_help_panel=TRAINING),
+        typer.Option(
+            help="group_dro: of the group weights.", show_default="5 / steps", rich_help_panel=TRAINING
+        ),
     ] = None,
     adjustment: Annotated[
-        float, typer.Option(help="C of the size adjustment C/sqrt(N).", rich_help_panel=TRAINING)
+        float, typer.Option(help="group_dro: C of the size adjustment C/sqrt(N).", rich_help_panel=TRAINING)
     ] = 0.0,
     absent_groups: Annotated[
         AbsentGroups,
         typer.Option(
-            help="Weight of a group that a batch has nothing of: kept, or lowered as published.",
+            help="group_dro: weight of a group that a batch has nothing of: kept, or lowered as published.",
             rich_help_panel=TRAINING,
         ),
     ] = AbsentGroups.hold,
+    alpha: Annotated[
+        float, typer.Option(help="cvar: the worst share of texts that counts.", rich_help_panel=TRAINING)
+    ] = 0.2,
+    radius: Annotated[
+        float, typer.Option(help="chi_square: of the ball around equal weights.", rich_help_panel=TRAINING)
+    ] = 1.0,
+    cda: Annotated[
+        bool,
+        typer.Option(
+            "--cda",
+            help="Train on counterfactual pairs, by the lexicons of --groups.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
+    raised_dropout: Annotated[
+        bool,
+        typer.Option(
+            "--raised-dropout",
+            help="Dropout of 0.20, in attention 0.15, as a baseline against bias.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 1e-4,
     batch_size: Annotated[int, typer.Option(help="Passages a batch.", rich_help_panel=TRAINING)] = 32,
     accumulate: Annotated[int, typer.Option(help="Batches a step.", rich_help_panel=TRAINING)] = 1,
+    accumulation: Annotated[
+        Accumulation,
+        typer.Option(
+            help="These batches as one large batch, or each by itself: no second forward for DRO.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = Accumulation.exact,
     epochs: Annotated[float, typer.Option(help="Passes over the text.", rich_help_panel=TRAINING)] = 1.0,
     max_steps: Annotated[
         int | None, typer.Option(help="Steps; wins over --epochs.", rich_help_panel=TRAINING)
@@ -121,14 +159,16 @@ def finetune(
         --groups gender,religion:any --lexicon trades.txt
     robustdebias finetune --corpus bold/ --model ./my-bert --out runs/erm \\
         --objective erm --max-steps 500
+    robustdebias finetune --corpus wiki.txt --out runs/cda \\
+        --objective erm --cda
 
     Ctrl-C saves the state and stops; the same command with --resume goes on
     from there and ends in the same numbers as an uninterrupted run.
     """
     from robustdebias.checkpoint import RunDirectory
-    from robustdebias.config import TrainConfig
+    from robustdebias.config import RAISED_DROPOUT, TrainConfig
     from robustdebias.corpus import load_corpus
-    from robustdebias.finetuning import as_results, fine_tune
+    from robustdebias.finetuning import as_results, fine_tune, swapper_for
     from robustdebias.modeling import load, pick_device
     from robustdebias.preparation import annotator_for, prepare, spread, words_within
     from robustdebias.report import comparison_table
@@ -136,12 +176,16 @@ def finetune(
 
     config = TrainConfig(
         objective=objective.value, step_size=step_size, adjustment=adjustment, absent_groups=absent_groups.value,
+        alpha=alpha, radius=radius, cda=cda,
         lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, batch_size=batch_size, accumulate=accumulate,
-        max_length=max_length, mask_probability=mask_probability, whole_word=whole_word,
+        accumulation=accumulation.value, max_length=max_length, mask_probability=mask_probability, whole_word=whole_word,
         group_level=group_level.value, epochs=epochs, max_steps=max_steps, bf16=bf16, eval_every=eval_every,
         save_every=save_every, seed=seed, backend=backend,
     )  # fmt: skip
+    if raised_dropout:
+        config = replace(config, **RAISED_DROPOUT)
     RunDirectory(out).check(resume=resume, overwrite=overwrite)
+    swapper = swapper_for(groups, seed) if cda else None
     annotator = None if label_field else annotator_for(groups, lexicon)
     examples = load_corpus(corpus, text_field=text_field, label_field=label_field, split=split, limit=limit)
     prepared = prepare(
@@ -158,9 +202,8 @@ def finetune(
         max_length=max_length, seed=seed,
     )  # fmt: skip
     run = fine_tune(
-        config, lambda: load(model, head), prepared, suite, out, annotator=annotator, device=pick_device(device),
-        resume=resume, overwrite=overwrite, notes={"model": model, "head": head and str(head), "corpus": corpus},
+        config, lambda: load(model, head), prepared, suite, out, annotator=annotator, swapper=swapper,
+        device=pick_device(device), resume=resume, overwrite=overwrite, notes={"model": model, "head": head and str(head), "corpus": corpus},
     )  # fmt: skip
-    print(
-        f"\n{comparison_table(as_results({objective.value: run}, str(out)))}\n\nthe model is in {out / 'model'}"
-    )
+    method = objective.value + " + cda" * cda + " + dropout" * raised_dropout
+    print(f"\n{comparison_table(as_results({method: run}, str(out)))}\n\nthe model is in {out / 'model'}")
