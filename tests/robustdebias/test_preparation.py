@@ -130,6 +130,7 @@ def whole(examples: list[Example], grouping: Grouping, **options: Any) -> Prepar
         ({"source": "clusters", "level": "intersection"}, "level: 'intersection' needs lexicons or labels"),
         ({"source": "none", "level": "attribute"}, "level: 'attribute' needs lexicons or labels"),
         ({"lexicons": ()}, "lexicons: expected at least one"),
+        ({"lexicons": "gender"}, "lexicons: expected a sequence of names, got the text 'gender'"),
         ({"min_texts": 0}, "min_texts: expected at least 1, got 0"),
         ({"source": "clusters", "count": 1}, "count: expected at least 2 clusters, got 1"),
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
