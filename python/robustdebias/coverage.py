@@ -93,7 +93,7 @@ class Coverage:
     def __str__(self) -> str:
         tokens = "" if self.tokens is None else f", {self.tokens:,} tokens"
         lines = [f"{self.texts:,} texts, {self.words:,} words{tokens}"]
-        width = max(len("group"), *(len(name) for name in self.names))
+        width = max(map(len, ["group", *self.names]))
         rows = self.rows()
         if rows:
             lines.append("".join(_cell(key, key.rpartition("_")[2], width) for key in rows[0]))

@@ -365,6 +365,11 @@ def test_bad_tables_are_refused_with_file_and_line(tmp_path, name, content, mess
         load_corpus(write(tmp_path / name, content), label_field="who")
 
 
+def test_a_text_may_be_long_and_a_suffix_in_capitals(tmp_path):
+    text = "word " * 40_000
+    assert load_corpus(write(tmp_path / "A.TSV", f"text\n{text}\n"))[0].text == text.strip()
+
+
 def test_gap_itself(data_dir):
     examples = load_corpus(data_dir / "gap" / "gap-development.tsv", text_field="Text", document_field="URL")
     assert len(examples) == 2000  # as its authors count

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -240,6 +240,7 @@ def test_triples_fold_into_pairs_first() -> None:
     assert corpus.folded == ["a:1 x c:1", "b:1 x c:1", "a:1 x b:1 x c:1"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sets(st.sampled_from(["a:1", "a:2", "b:1", "b:2", "c:1"])), min_size=2, max_size=30),
     st.integers(1, 6),
@@ -284,6 +285,13 @@ def test_tokens_are_counted_with_a_tokenizer(tiny_tokenizer: PreTrainedTokenizer
     corpus = whole(examples, Grouping(lexicons=("gender",), min_texts=1), tokenizer=tiny_tokenizer)
     assert corpus.coverage.tokens == 6
     assert corpus.coverage.group_tokens == [4, 0, 2]
+
+
+def test_no_text_at_all() -> None:
+    corpus = whole([], Grouping(lexicons=("gender",)))
+    assert (corpus.train, corpus.group_names) == ([], [])
+    assert "0 texts, 0 words" in corpus.describe()
+    assert "0 texts" in str(whole([], Grouping("labels")).coverage)
 
 
 def test_clusters_need_a_model() -> None:
