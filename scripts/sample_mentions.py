@@ -2,7 +2,7 @@
 """Draw mentions, or sentences without one, from real text, to read and judge how precise a lexicon is.
 
     python scripts/sample_mentions.py DATA gender race --part tuning
-    python scripts/sample_mentions.py DATA --part evaluation --unmatched 60
+    python scripts/sample_mentions.py DATA --part evaluation --unmatched 40 --triggers
     python scripts/sample_mentions.py DATA --part evaluation --references    # hashes in the place of the text
 
 DATA holds `bold/*_wiki.json` (BOLD), `wikitext2/*.txt` (WikiText-2) and `gap/*.tsv` (GAP). Half of the texts, by a
@@ -16,6 +16,7 @@ import csv
 import hashlib
 import json
 import random
+import re
 import sys
 import zlib
 from collections import defaultdict
@@ -34,6 +35,19 @@ from robustdebias.sentences import split_sentences  # noqa: E402
 
 PARTS = ("tuning", "evaluation")
 CORPORA = ("bold/*_wiki.json", "wikitext2/*.txt", "gap/*.tsv")
+TRIGGERS = {
+    "gender": r"(?i)\b(\w+(man|men|ess|girl|boy)s?|queens?|kings?|lords?|ladies|lad[sy]?|guys?|maid\w*|parents?|twins?)\b",
+    "race": r"(?i)\b(black|white|asian|africans?|natives?|indians?|indigenous|trib\w+|ethnic\w*|rac(e|ial)|slaves?)\b",
+    "religion": r"(?i)\b(christ\w*|god|faith|religio\w+|temples?|saints?|st|monks?|holy|pray\w*|priest\w*|theolog\w+)\b",
+    "nationality": r"\b[A-Z][a-z]+(ians?|ans|ese|ish|ch|is?|ers)\b",
+    "age": r"(?i)\b(old\w*|aged?|young\w*|boys?|girls?|youths?|junior|senior|years?|born|grand\w+|pupils?|kids?)\b",
+    "disability": r"(?i)\b(\w*blind\w*|deaf\w*|disab\w+|handicap\w*|paraly\w+|crippl\w+|mental\w*|insan\w+|depress\w+"
+    r"|lame|ill|illness\w*|impair\w*|injur\w+|syndrome|disorder|asylum|psych\w+|stroke|disease)\b",
+    "orientation": r"(?i)\b(gays?|queer\w*|straight|\w*sexual\w*|sex|lesb\w+|lovers?|drag|partners?|pride|romanc\w+|affair)\b",
+    "profession": r"(?i)\b(director|producer|players?|manager|officers?|staff|workers?|crew|host|editor|captain|drivers?"
+    r"|model|pilots?|general|chief|star|leader|assistant|agent|operator|presenter|cook|\w+ers|\w+ists?)\b",
+}
+"""For each lexicon, words that may be a mention: where to look for what it misses."""
 
 
 class Item(NamedTuple):
@@ -89,19 +103,25 @@ def sample_mentions(
             yield group, entry
 
 
-def sample_sentences(items: dict[str, list[Item]], count: int, seed: int) -> list[tuple[Item, int, int]]:
-    """`count` random sentences of at least six words, as items with start and end, evenly over the corpora."""
+def sample_sentences(
+    items: dict[str, list[Item]], lexicon: str, count: int, seed: int, trigger: str = ""
+) -> Iterator[tuple[Item, int, int]]:
+    """`count` sentences, with start and end, in which `lexicon` finds nothing: at least six words, evenly over corpora.
+
+    With `trigger`, a regular expression, only those that hold one of its words. Every lexicon goes through the
+    sentences in the same order, so that one reader's work serves several.
+    """
     rng = random.Random(f"{seed} sentences")
-    drawn: list[tuple[Item, int, int]] = []
-    while len(drawn) < count:
-        for listed in items.values():
-            item = rng.choice(listed)
-            sentence = rng.choice(split_sentences(item.text))
-            start = item.text.find(sentence)
-            entry = (item, start, start + len(sentence))
-            if len(sentence.split()) >= 6 and entry not in drawn:
-                drawn.append(entry)
-    return drawn[:count]
+    shuffled = []
+    for listed in items.values():
+        sentences = [(item, *span) for item in listed for span in _sentences(item.text)]
+        shuffled.append(rng.sample(sentences, len(sentences)))
+    annotator = GroupAnnotator([lexicon])
+    for item, start, end in (entry for turn in zip_longest(*shuffled) for entry in turn if entry is not None):
+        sentence = item.text[start:end]
+        if count and re.search(trigger, sentence) and not annotator.spans(sentence):
+            yield item, start, end
+            count -= 1
 
 
 def fingerprint(text: str, start: int, end: int) -> str:
@@ -113,6 +133,15 @@ def context(text: str, start: int, end: int, width: int) -> str:
     """The mention in brackets with `width` characters on either side, on one line."""
     left, right = text[max(0, start - width) : start], text[end : end + width]
     return " ".join(f"{left}[{text[start:end]}]{right}".split())
+
+
+def _sentences(text: str) -> Iterator[tuple[int, int]]:
+    end = 0
+    for sentence in split_sentences(text):
+        start = text.index(sentence, end)
+        end = start + len(sentence)
+        if len(sentence.split()) >= 6:
+            yield start, end
 
 
 def _read(data: Path, path: Path) -> Iterator[Item]:
@@ -139,22 +168,19 @@ def main(
     per_class: Annotated[int, typer.Option(min=1, help="Mentions of each class.")] = 10,
     seed: Annotated[int, typer.Option(help="Another seed draws another sample.")] = 0,
     width: Annotated[int, typer.Option(min=0, help="Characters shown on either side.")] = 60,
-    unmatched: Annotated[int, typer.Option(min=0, help="Draw this many random sentences instead.")] = 0,
+    unmatched: Annotated[int, typer.Option(min=0, help="Draw this many sentences without a mention instead.")] = 0,
+    triggers: Annotated[bool, typer.Option(help="Of these, only sentences with a word that may be one.")] = False,
     references: Annotated[bool, typer.Option(help="Print a hash in the place of the text.")] = False,
 ) -> None:
     """Print one line for each mention: file, item, start, end, class, then the text around it or a hash."""
     try:
         items = read_items(data, part)
         names = lexicons or builtin_lexicons()
-        if unmatched:
-            annotators = {name: GroupAnnotator([name]) for name in names}
-            for item, start, end in sample_sentences(items, unmatched, seed):
-                sentence = item.text[start:end]
-                silent = [name for name, annotator in annotators.items() if not annotator.spans(sentence)]
-                tail = fingerprint(item.text, start, end) if references else " ".join(sentence.split())
-                print(item.file, item.key, start, end, ",".join(silent), tail, sep="\t")
-            return
-        for name in names:
+        for name in names if unmatched else ():
+            for item, start, end in sample_sentences(items, name, unmatched, seed, TRIGGERS[name] if triggers else ""):
+                shown = fingerprint(item.text, start, end) if references else context(item.text, start, end, 0)
+                print(item.file, item.key, start, end, name, shown, sep="\t")
+        for name in names if not unmatched else ():
             for group, (item, mention) in sample_mentions(items, name, per_class, seed):
                 shown = fingerprint(item.text, *mention[:2]) if references else context(item.text, *mention[:2], width)
                 print(item.file, item.key, mention.start, mention.end, group, shown, sep="\t")
