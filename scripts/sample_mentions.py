@@ -161,32 +161,56 @@ def _read(data: Path, path: Path) -> Iterator[Item]:
                 yield Item(name, str(number), line)
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def main(
-    data: Annotated[Path, typer.Argument(help="Folder with bold/, wikitext2/ and gap/.", exists=True, file_okay=False)],
-    lexicons: Annotated[list[str] | None, typer.Argument(help="Names or files; by default all that come along.")] = None,
-    part: Annotated[Literal["tuning", "evaluation"], typer.Option(help="Which half of the texts.")] = "tuning",
+    data: Annotated[
+        Path, typer.Argument(help="Folder with bold/, wikitext2/ and gap/.", exists=True, file_okay=False)
+    ],
+    lexicons: Annotated[
+        list[str] | None, typer.Argument(help="Names or files; by default all that come along.")
+    ] = None,
+    part: Annotated[
+        Literal["tuning", "evaluation"], typer.Option(help="Which half of the texts.")
+    ] = "tuning",
     per_class: Annotated[int, typer.Option(min=1, help="Mentions of each class.")] = 10,
     seed: Annotated[int, typer.Option(help="Another seed draws another sample.")] = 0,
     width: Annotated[int, typer.Option(min=0, help="Characters shown on either side.")] = 60,
-    unmatched: Annotated[int, typer.Option(min=0, help="Draw this many sentences without a mention instead.")] = 0,
-    triggers: Annotated[bool, typer.Option(help="Of these, only sentences with a word that may be one.")] = False,
+    unmatched: Annotated[
+        int, typer.Option(min=0, help="Draw this many sentences without a mention instead.")
+    ] = 0,
+    triggers: Annotated[
+        bool, typer.Option(help="Of these, only sentences with a word that may be one.")
+    ] = False,
     references: Annotated[bool, typer.Option(help="Print a hash in the place of the text.")] = False,
 ) -> None:
     """Print one line for each mention: file, item, start, end, class, then the text around it or a hash."""
     try:
         items = read_items(data, part)
         names = lexicons or builtin_lexicons()
+        unknown = [name for name in names if triggers and name not in TRIGGERS]
+        if unknown:
+            raise ValueError(f"triggers: there are none for {unknown[0]}, only for {', '.join(TRIGGERS)}")
         for name in names if unmatched else ():
-            for item, start, end in sample_sentences(items, name, unmatched, seed, TRIGGERS[name] if triggers else ""):
-                shown = fingerprint(item.text, start, end) if references else context(item.text, start, end, 0)
+            trigger = TRIGGERS[name] if triggers else ""
+            for item, start, end in sample_sentences(items, name, unmatched, seed, trigger):
+                shown = (
+                    fingerprint(item.text, start, end) if references else context(item.text, start, end, 0)
+                )
                 print(item.file, item.key, start, end, name, shown, sep="\t")
         for name in names if not unmatched else ():
             for group, (item, mention) in sample_mentions(items, name, per_class, seed):
-                shown = fingerprint(item.text, *mention[:2]) if references else context(item.text, *mention[:2], width)
+                shown = (
+                    fingerprint(item.text, *mention[:2])
+                    if references
+                    else context(item.text, *mention[:2], width)
+                )
                 print(item.file, item.key, mention.start, mention.end, group, shown, sep="\t")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
