@@ -97,8 +97,8 @@ def top_words(
     """For each cluster the words that set it apart from the others, at most `count`, the strongest first.
 
     Strength is the z-score of a word's log-odds against all other clusters, with the whole corpus as the prior
-    (Monroe, Colaresi and Quinn 2008, equations 16 to 22); a word counts once a text, stop words do not. A word that
-    more than half of the clusters use more than the rest sets none of them apart.
+    (Monroe, Colaresi and Quinn 2008, equations 16 to 22); a word counts once a text. Left out are stop words, words of
+    a single text of the cluster, and those that more than half of the clusters use more than the others do.
     """
     counters = [Counter[str]() for _ in range(clusters)]
     for text, label in zip(texts, labels, strict=True):
@@ -108,7 +108,8 @@ def top_words(
     counts = counts.reshape(clusters, len(words))
     everywhere = counts.sum(0)
     strength = np.stack([_log_odds(own, everywhere - own, everywhere) for own in counts])
-    strength[:, (strength > 0).sum(0) > max(clusters / 2, 1)] = -np.inf
+    strength[:, (strength > 0).sum(0) > clusters / 2] = -np.inf
+    strength[counts < 2] = -np.inf
     return [
         [words[place] for place in np.argsort(-row, kind="stable")[:count] if row[place] > 0]
         for row in strength

@@ -126,10 +126,10 @@ def _read(source: str | Path, fields: Fields, split: str, limit: int | None) -> 
     if path.is_file():
         return read_file(path, fields)
     if path.is_dir() and not any((path / name).exists() for name in _SAVED_DATASET):
-        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in READERS]
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix.lower() in READERS]
         if files:
             return (example for file in files for example in read_file(file, fields))
-    if path.is_dir() or (_HUB_ID.fullmatch(str(source)) and path.suffix not in READERS):
+    if path.is_dir() or (_HUB_ID.fullmatch(str(source)) and path.suffix.lower() not in READERS):
         return _read_dataset(str(source), fields, split, limit)
     raise FileNotFoundError(f"{source}: no such file or folder, nor a data set id such as 'owner/name'")
 

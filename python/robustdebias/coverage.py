@@ -78,14 +78,14 @@ class Coverage:
         columns: dict[str, Sequence[str | int | float]] = {
             "group": self.names,
             "texts": self.group_texts,
-            "share of texts": _shares(self.group_texts, self.texts),
+            "text_share": _shares(self.group_texts, self.texts),
             "words": self.group_words,
-            "share of words": _shares(self.group_words, self.words),
+            "word_share": _shares(self.group_words, self.words),
         }
         if self.group_tokens is not None:
             columns |= {
                 "tokens": self.group_tokens,
-                "share of tokens": _shares(self.group_tokens, self.tokens or 0),
+                "token_share": _shares(self.group_tokens, self.tokens or 0),
             }
         columns["mentions"] = self.mentions
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -93,13 +93,29 @@ class Coverage:
     def __str__(self) -> str:
         tokens = "" if self.tokens is None else f", {self.tokens:,} tokens"
         lines = [f"{self.texts:,} texts, {self.words:,} words{tokens}"]
-        width = max(len("group"), *(len(name) for name in self.names))
+        width = max(map(len, ["group", *self.names]))
         rows = self.rows()
         if rows:
-            lines.append("".join(_cell(key, key.split()[0], width) for key in rows[0]))
+            lines.append("".join(_cell(key, key.rpartition("_")[2], width) for key in rows[0]))
         lines += ["".join(_cell(key, value, width) for key, value in row.items()) for row in rows]
-        lines += ["", *(self._matrix(width) if len(self.names) <= _WIDEST_MATRIX else self._pairs())]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *self._overlaps(width)])
+
+    def _overlaps(self, width: int) -> list[str]:
+        pairs = [
+            (self.overlap[one][two], one, two)
+            for one, two in combinations(range(len(self.names)), 2)
+            if self.overlap[one][two]
+        ]
+        if not pairs:
+            return ["no text is in two groups"]
+        if len(self.names) <= _WIDEST_MATRIX:
+            return self._matrix(width)
+        pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
+        lines = [f"texts in both groups, the {min(_PAIRS, len(pairs))} largest of {len(pairs):,} overlaps"]
+        for texts, one, two in pairs[:_PAIRS]:
+            shares = [f"{texts / self.group_texts[group]:.1%} of {self.names[group]}" for group in (one, two)]
+            lines.append(f"{texts:>9,}  {', '.join(shares)}")
+        return lines
 
     def _matrix(self, width: int) -> list[str]:
         numbers = [str(column) for column in range(1, len(self.names) + 1)]
@@ -108,21 +124,6 @@ class Coverage:
         lines.append(" " * (width + 4) + "".join(f"{number:>{cell}}" for number in numbers))
         for number, name, row in zip(numbers, self.names, self.overlap, strict=True):
             lines.append(f"{number:>3} {name:<{width}}" + "".join(f"{count:>{cell}}" for count in row))
-        return lines
-
-    def _pairs(self) -> list[str]:
-        pairs = [
-            (self.overlap[one][two], one, two)
-            for one, two in combinations(range(len(self.names)), 2)
-            if self.overlap[one][two]
-        ]
-        pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
-        if not pairs:
-            return ["no text is in two groups"]
-        lines = [f"texts in both groups, the {min(_PAIRS, len(pairs))} largest of {len(pairs):,} overlaps"]
-        for texts, one, two in pairs[:_PAIRS]:
-            shares = [f"{texts / self.group_texts[group]:.0%} of {self.names[group]}" for group in (one, two)]
-            lines.append(f"{texts:>9,}  {', '.join(shares)}")
         return lines
 
 
@@ -155,7 +156,7 @@ def _cell(key: str, value: str | int | float, width: int) -> str:
     """Of the printed table; the heading is a value too."""
     if key == "group":
         return f"{value:<{width}}"
-    if key.startswith("share"):
+    if key.endswith("_share"):
         return f"{value:>8.1%}" if isinstance(value, float) else f"{value:>8}"
     cell = 10 if key in ("texts", "mentions") else 11
     return f"{value:>{cell}}" if isinstance(value, str) else f"{value:>{cell},}"

@@ -52,6 +52,9 @@ class Grouping:
             raise ValueError(
                 f"level: {self.level!r} needs lexicons or labels, but the source is {self.source!r}"
             )
+        if isinstance(self.lexicons, str):
+            raise ValueError(f"lexicons: expected a sequence of names, got the text {self.lexicons!r}")
+        object.__setattr__(self, "lexicons", tuple(self.lexicons))  # a list, as configuration files have them
         if self.source == "lexicons" and not self.lexicons:
             raise ValueError("lexicons: expected at least one")
         if self.min_texts < 1:

@@ -30,7 +30,7 @@ class PreparedCorpus:
     held_out: list[Example]
     group_names: list[str]
     coverage: Coverage  # of all passages, before groups too small for training went into "other"
-    folded: list[str]  # groups with text that is too little to stand alone
+    folded: list[str]  # groups with text that is too little to stand alone, single ones before intersections
 
     def describe(self) -> str:
         """Coverage, split and what became of small groups, for a person."""
@@ -142,13 +142,13 @@ def prepare(
     in_train, in_out = found[: len(train)], found[len(train) :]
     folded: list[str] = []
     for size in range(max((len(one) for text in found for one in text), default=1), 1, -1):
-        folded += map(group_name, fold(in_train, in_out, size, fewest))
+        folded = [*map(group_name, fold(in_train, in_out, size, fewest)), *folded]
     texts = [piece.text for piece in (*train, *out)]
     groups = [[group_name(one) for one in text] or [OTHER] for text in found]
     left = {name for listed in groups for name in listed}
     names = _in_order(left, [name for name in names if name in left or name not in seen])
     coverage = Coverage.of(texts, groups, names, mentions, _token_counts(texts, tokenizer))
-    folded += map(group_name, fold(in_train, in_out, 1, fewest))
+    folded = [*map(group_name, fold(in_train, in_out, 1, fewest)), *folded]
 
     train, out = (_with_groups(*side, names) for side in ((train, in_train), (out, in_out)))
     kept = collect_names(train)

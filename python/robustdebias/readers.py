@@ -76,7 +76,7 @@ class Fields:
 
 def read_file(path: Path, fields: Fields) -> Iterator[Example]:
     """The examples of a file, read as its suffix says; one of another suffix is plain text. Blank texts included."""
-    return READERS.get(path.suffix, _read_text)(path, fields)
+    return READERS.get(path.suffix.lower(), _read_text)(path, fields)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -148,6 +148,7 @@ def _with_line_ends(path: Path) -> Iterator[str]:
 
 
 def _read_table(path: Path, fields: Fields, reader: Any) -> Iterator[Example]:
+    csv.field_size_limit(2**31 - 1)  # else a text of more than 131,072 characters is refused
     header: list[str] = []
     while True:
         first = reader.line_num + 1  # a quoted field may go on over several lines
@@ -211,4 +212,4 @@ READERS: dict[str, Callable[[Path, Fields], Iterator[Example]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
 }
-"""By suffix."""
+"""By suffix, in lower case."""

@@ -284,8 +284,8 @@ def test_coverage_counts_tokens_and_names_what_is_absent():
     assert (coverage.tokens, coverage.group_tokens) == (12, [12, 7, 0])
     assert coverage.absent() == ["z"]
     assert coverage.rows()[1] == {
-        "group": "y", "texts": 1, "share of texts": 0.5, "words": 1, "share of words": 1 / 3,
-        "tokens": 7, "share of tokens": 7 / 12, "mentions": 0,
+        "group": "y", "texts": 1, "text_share": 0.5, "words": 1, "word_share": 1 / 3,
+        "tokens": 7, "token_share": 7 / 12, "mentions": 0,
     }  # fmt: skip
     table = str(coverage).splitlines()
     assert table[0] == "2 texts, 3 words, 12 tokens"
@@ -306,7 +306,7 @@ def test_overlaps_of_many_groups_are_listed_by_size():
     groups = [("g03", "g07"), ("g03", "g07"), ("g03",), ("g00", "g19"), *((name,) for name in names)]
     lines = str(Coverage.of(["x"] * len(groups), groups, names)).splitlines()
     assert lines[-3] == "texts in both groups, the 2 largest of 2 overlaps"
-    assert lines[-2].split() == ["2", "50%", "of", "g03,", "67%", "of", "g07"]  # of 4 texts and of 3
-    assert lines[-1].split() == ["1", "50%", "of", "g00,", "50%", "of", "g19"]
+    assert lines[-2].split() == ["2", "50.0%", "of", "g03,", "66.7%", "of", "g07"]  # of 4 texts and of 3
+    assert lines[-1].split() == ["1", "50.0%", "of", "g00,", "50.0%", "of", "g19"]
     alone = Coverage.of(["x"] * 20, [(name,) for name in names], names)
     assert str(alone).endswith("no text is in two groups")

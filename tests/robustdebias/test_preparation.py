@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -130,6 +130,7 @@ def whole(examples: list[Example], grouping: Grouping, **options: Any) -> Prepar
         ({"source": "clusters", "level": "intersection"}, "level: 'intersection' needs lexicons or labels"),
         ({"source": "none", "level": "attribute"}, "level: 'attribute' needs lexicons or labels"),
         ({"lexicons": ()}, "lexicons: expected at least one"),
+        ({"lexicons": "gender"}, "lexicons: expected a sequence of names, got the text 'gender'"),
         ({"min_texts": 0}, "min_texts: expected at least 1, got 0"),
         ({"source": "clusters", "count": 1}, "count: expected at least 2 clusters, got 1"),
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
@@ -222,13 +223,13 @@ def test_small_intersections_fold_into_smaller_ones_and_these_into_other() -> No
     assert names_of(corpus) == [
         *[both] * 3, ("a:2", "b:1"), *[("b:1",)] * 2, ("a:2",), ("a:1 x b:1", "a:2"), ("other",),
     ]  # fmt: skip
-    assert corpus.folded == ["a:2 x b:1", "c:1"]
+    assert corpus.folded == ["c:1", "a:2 x b:1"]
     assert dict(zip(corpus.coverage.names, corpus.coverage.group_texts, strict=True)) == {
         "a:1 x b:1": 4, "a:2": 3, "b:1": 3, "c:1": 1,
     }  # fmt: skip
     fewer = whole(labelled(*rows[:6], *rows[7:]), Grouping("labels", level="intersection", min_texts=3))
     assert names_of(fewer)[3] == ("b:1",)  # now a:2 has two
-    assert fewer.folded == ["a:2 x b:1", "a:2", "c:1"]
+    assert fewer.folded == ["a:2", "c:1", "a:2 x b:1"]
 
 
 def test_triples_fold_into_pairs_first() -> None:
@@ -236,9 +237,10 @@ def test_triples_fold_into_pairs_first() -> None:
     corpus = whole(labelled(*rows), Grouping("labels", level="intersection", min_texts=3))
     # Of the triple's pairs only a:1 x b:1 reaches 3; c:1 is not in it and stands alone, a:1 and b:1 are.
     assert names_of(corpus) == [("a:1 x b:1", "c:1"), *[("a:1 x b:1",)] * 2, *[("c:1",)] * 2]
-    assert corpus.folded == ["a:1 x b:1 x c:1", "a:1 x c:1", "b:1 x c:1"]
+    assert corpus.folded == ["a:1 x c:1", "b:1 x c:1", "a:1 x b:1 x c:1"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sets(st.sampled_from(["a:1", "a:2", "b:1", "b:2", "c:1"])), min_size=2, max_size=30),
     st.integers(1, 6),
@@ -285,6 +287,13 @@ def test_tokens_are_counted_with_a_tokenizer(tiny_tokenizer: PreTrainedTokenizer
     assert corpus.coverage.group_tokens == [4, 0, 2]
 
 
+def test_no_text_at_all() -> None:
+    corpus = whole([], Grouping(lexicons=("gender",)))
+    assert (corpus.train, corpus.group_names) == ([], [])
+    assert "0 texts, 0 words" in corpus.describe()
+    assert "0 texts" in str(whole([], Grouping("labels")).coverage)
+
+
 def test_clusters_need_a_model() -> None:
     with pytest.raises(ValueError, match="model: clusters need a model and its tokenizer"):
         whole(make_examples(4), Grouping("clusters"))
@@ -305,7 +314,7 @@ def test_what_the_options_of_a_command_ask_for() -> None:
         "labels", level="intersection", min_texts=3
     )
     assert grouping_for(marked, clusters=5, seed=7) == Grouping("clusters", count=5, seed=7)
-    with pytest.raises(ValueError, match="groups: .* labels and lexicons were asked for"):
+    with pytest.raises(ValueError, match=r"groups: .* labels and lexicons were asked for"):
         grouping_for(plain, groups="gender", label_field="who")
     with pytest.raises(ValueError, match="lexicons: expected at least one"):
         grouping_for(plain, groups="")
