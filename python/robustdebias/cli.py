@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustdebias.commands import compare, demo, evaluate, finetune
+from robustdebias.commands import compare, demo, evaluate, experiment, finetune, groups
 
 __all__ = ["app"]
 
@@ -95,5 +95,7 @@ def main(
     warnings.showwarning = lambda message, *_args, **_kwargs: _say(f"warning: {message}")
 
 
-for command in (demo.demo, finetune.finetune, evaluate.evaluate, compare.compare):
+for command in (
+    demo.demo, groups.groups, finetune.finetune, evaluate.evaluate, compare.compare, experiment.experiment,
+):  # fmt: skip
     app.command()(_clean_errors(command))

@@ -63,7 +63,13 @@ def encode(
         return_attention_mask=False,
         return_token_type_ids=False,
     )
-    encoded = [_encode_one(index, example, batch, annotator) for index, example in enumerate(examples)]
+    # A text may have "[MASK]" or "</s>" written in it, which then is no word to be predicted.
+    special = np.setdiff1d(
+        tokenizer.all_special_ids, [tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else []
+    )
+    encoded = [
+        _encode_one(index, example, batch, special, annotator) for index, example in enumerate(examples)
+    ]
     ids = np.concatenate([sequence.input_ids[sequence.words >= 0] for sequence in encoded])
     unknown = (
         float(np.mean(ids == tokenizer.unk_token_id))
@@ -78,8 +84,11 @@ def encode(
     return encoded
 
 
-def _encode_one(index: int, example: Example, batch: Any, annotator: GroupAnnotator | None) -> Encoded:
+def _encode_one(
+    index: int, example: Example, batch: Any, special: np.ndarray, annotator: GroupAnnotator | None
+) -> Encoded:
     words = np.array([-1 if word is None else word for word in batch.word_ids(index)], dtype=np.int64)
+    words[np.isin(batch["input_ids"][index], special)] = -1
     mentions: list[tuple[int, int, str]] | None = None
     if annotator is not None:
         mentions = []

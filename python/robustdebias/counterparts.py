@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from robustdebias.corpus import read_lines
-from robustdebias.groups import Lexicon, _normalise, _plural, load_lexicon
+from robustdebias.groups import WORD, Lexicon, load_lexicon, normalise
+from robustdebias.groups import plural as plural_of
 
 __all__ = ["WORD", "Counterparts", "Term", "builtin_counterparts", "load_counterparts", "words_of"]
 
 _FOLDER = Path(__file__).parent / "counterfactuals"  # the counterparts that come with the package
 
-WORD = re.compile(r"[\w\u0300-\u036f]+")  # a letter keeps its combining accents
 _BEFORE_NOUN = "NOUN"
 _NONE = "-"
 
@@ -54,7 +54,7 @@ class Counterparts:
 
 def words_of(text: str) -> Words:
     """The words of `text` as terms are compared: hyphens and apostrophes part words."""
-    return tuple(_normalise(word) for word in WORD.findall(text))
+    return tuple(normalise(word) for word in WORD.findall(text))
 
 
 def builtin_counterparts() -> list[str]:
@@ -114,8 +114,8 @@ def load_counterparts(path_or_name: str | Path, lexicon: Lexicon | str | Path | 
     # What is listed goes before what is derived: plurals, then terms in small letters.
     for (value, noun, words), term in list(terms.items()):
         if not noun:
-            plural = Term(_plural(term.listed), tuple(text and _plural(text) for text in term.row))
-            terms.setdefault((value, noun, (*words[:-1], _plural(words[-1]))), plural)
+            plural = Term(plural_of(term.listed), tuple(text and plural_of(text) for text in term.row))
+            terms.setdefault((value, noun, (*words[:-1], plural_of(words[-1]))), plural)
     for (value, noun, words), term in list(terms.items()):
         terms.setdefault((value, noun, tuple(word.lower() for word in words)), term)
     return Counterparts(lexicon, classes, terms, max(len(words) for _, _, words in terms))

@@ -65,16 +65,23 @@ def fine_tune(
         annotator=annotator, swapper=swapper, evaluate=lambda model: suite.held_out(model, tokenizer, detailed=False),
         resume=resume, overwrite=overwrite, notes=notes,
     )  # fmt: skip
-    if not (run.metrics.is_file() and read_json(run.metrics)["suite"] == suite.describe()):
+    saved = read_json(run.metrics) if run.metrics.is_file() else {}
+    around = {"start": saved.get("start"), "groups": asdict(corpus.coverage), "environment": environment()}
+
+    def save(measures: Mapping[str, Any]) -> None:
+        write_json(run.metrics, {**measures, **around})
+
+    if start is not None:
+        around["start"] = {"suite": suite.describe(), "evaluation": start}
+    elif (saved.get("start") or {}).get("suite") != suite.describe():
+        model, tokenizer = load_start()
+        start = suite.measure(model.to(device), tokenizer, known=saved.get("start"))
+        around["start"] = {"suite": suite.describe(), "evaluation": start}
+    if saved.get("suite") != suite.describe():
         model, tokenizer = load(run.model)  # as others will load it
-        evaluation = suite.measure(model.to(device), tokenizer)
-        if start is None:
-            model, tokenizer = load_start()
-            start = suite.measure(model.to(device), tokenizer)
-        write_json(run.metrics, {
-            "suite": suite.describe(), "evaluation": evaluation, "start": {"evaluation": start},
-            "groups": asdict(corpus.coverage), "environment": environment(),
-        })  # fmt: skip
+        # Part by part: what an interruption or an earlier, smaller suite left is not measured again.
+        evaluation = suite.measure(model.to(device), tokenizer, known=saved, save=save)
+        save({"suite": suite.describe(), "evaluation": evaluation})
     return read_run(out_dir)
 
 

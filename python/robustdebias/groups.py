@@ -30,7 +30,7 @@ LEXICON_DIR = Path(__file__).parent / "lexicons"
 """The lexicons that come with the package; `lexicons/gender.txt` says how the files are read and extended."""
 
 _IGNORE = "ignore"
-_WORD = re.compile(r"[\w\u0300-\u036f]+")  # a letter keeps its combining accents
+WORD = re.compile(r"[\w\u0300-\u036f]+")  # a letter keeps its combining accents
 _GAP = re.compile(r"\s+|[-‐‑–'’]")  # what may stand between the words of a term
 
 
@@ -81,7 +81,7 @@ def load_lexicon(path_or_name: str | Path) -> Lexicon:
         )
     classes, terms = _parse(path)
     for term, value in list(terms.items()):
-        terms.setdefault((*term[:-1], _plural(term[-1])), value)  # what is listed goes before what is derived
+        terms.setdefault((*term[:-1], plural(term[-1])), value)  # what is listed goes before what is derived
     return Lexicon(path.stem, classes, terms)
 
 
@@ -118,8 +118,8 @@ class GroupAnnotator:
 
     def spans(self, text: str) -> list[Mention]:
         """The mentions in `text`, in order; those of one lexicon do not overlap."""
-        tokens = [(match.start(), match.end()) for match in _WORD.finditer(text)]
-        words = [_normalise(text[start:end]) for start, end in tokens]
+        tokens = [(match.start(), match.end()) for match in WORD.finditer(text)]
+        words = [normalise(text[start:end]) for start, end in tokens]
         keys = [word.lower() for word in words]
         if not self.cased:
             words = keys
@@ -228,13 +228,13 @@ def _parse(path: Path) -> tuple[tuple[str, ...], dict[tuple[str, ...], str | Non
 def _expand(line: str, where: str) -> Iterator[tuple[str, ...]]:
     """The terms that a line with alternatives stands for, each as its words."""
     for choice in product(*(word.split("|") for word in line.split())):
-        words = tuple(_normalise(word) for word in _WORD.findall(" ".join(choice)))
+        words = tuple(normalise(word) for word in WORD.findall(" ".join(choice)))
         if not words or not all(choice):
             raise ValueError(f"{where}: no word in {line!r}, or an empty alternative")
         yield words
 
 
-def _plural(word: str) -> str:
+def plural(word: str) -> str:
     if re.search(r"(s|x|z|ch|sh)$", word):
         return word + "es"
     if re.search(r"[^aeiou]y$", word):
@@ -242,5 +242,5 @@ def _plural(word: str) -> str:
     return word + "s"
 
 
-def _normalise(word: str) -> str:
+def normalise(word: str) -> str:
     return word if word.isascii() else unicodedata.normalize("NFC", word)

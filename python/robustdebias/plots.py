@@ -152,7 +152,7 @@ def group_losses(results: Mapping[str, Any]) -> Figure | None:
             for axes, (name, lines) in zip(row, by_run.items(), strict=True):
                 _lines(axes, lines)
                 axes.set_title(f"{run_label(name)}: loss {title}")
-                _name_lines(axes)
+                name_lines(axes)
         for axes in grid[-1]:
             axes.set_xlabel("step")
     return figure
@@ -229,7 +229,7 @@ def _weights(axes: Axes, name: str, history: Sequence[Mapping[str, Any]]) -> Non
     axes.set_title(f"Group weights during training ({run_label(name)})")
     axes.set_xlabel("step")
     axes.set_ylabel("weight of the group in the loss")
-    _name_lines(axes)
+    name_lines(axes)
 
 
 def _lines(axes: Axes, lines: Curves) -> None:
@@ -244,7 +244,7 @@ def _lines(axes: Axes, lines: Curves) -> None:
     axes.set_xlim(0, max(steps, default=1))
 
 
-def _name_lines(axes: Axes) -> None:
+def name_lines(axes: Axes) -> None:
     """Names at the right ends of the lines, pushed apart so that none covers another. Call it when scales are set."""
     low, high = axes.get_ylim()
     ends = []

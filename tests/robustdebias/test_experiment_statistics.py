@@ -10,7 +10,9 @@ from robustdebias.experiments.statistics import NO_CHANGE, Measured, compare, me
 R = 2000
 
 
-def model(value: float, *, spread: float = 0.0, metric: str = "mlm.overall", draw: int = 0, items: str = "x") -> Measured:
+def model(
+    value: float, *, spread: float = 0.0, metric: str = "mlm.overall", draw: int = 0, items: str = "x"
+) -> Measured:
     noise = np.random.default_rng(draw).standard_normal(R)
     return Measured({metric: value}, {metric: value + spread * noise}, {metric.partition(".")[0]: items})
 
@@ -89,7 +91,11 @@ def test_intervals_hold_the_truth(seeds):
         chosen = draw.multinomial(items, np.full(items, 1 / items), size=500)
         by_seed = draw.normal(0, 0.08, seeds)
         runs = [
-            Measured({"mlm.overall": 4 + (effect + shift).mean()}, {"mlm.overall": 4 + chosen @ (effect + shift) / items}, {})
+            Measured(
+                {"mlm.overall": 4 + (effect + shift).mean()},
+                {"mlm.overall": 4 + chosen @ (effect + shift) / items},
+                {},
+            )
             for shift in by_seed
         ]
         base = Measured({"mlm.overall": 4.0}, {"mlm.overall": np.full(500, 4.0)}, {})

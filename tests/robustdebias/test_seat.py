@@ -16,6 +16,7 @@ import scipy.stats
 import torch
 
 from robustdebias.evaluation import seat
+from robustdebias.evaluation.metric import Metric
 
 FIXTURE = Path(__file__).parent / "fixtures" / "seat"
 
@@ -300,9 +301,8 @@ def test_few_sentences_get_no_draws(tiny_tokenizer: Any, tiny_model: torch.nn.Mo
 
 
 def test_how_scores_are_read() -> None:
-    metric = pytest.importorskip("robustdebias.evaluation.metric")
     read = {name: seat.metric(name) for name in ("overall", "gender", "test.weat6b")}
-    assert all(isinstance(own, metric.Metric) and own.ideal == "0" for own in read.values())
+    assert all(isinstance(own, Metric) and own.ideal == "0" for own in read.values())
     assert [own.label for own in read.values()] == [
         "SEAT mean |d|", "SEAT mean |d|, gender", "SEAT d, weat6b",
     ]  # fmt: skip

@@ -13,14 +13,22 @@ __all__ = ["experiment"]
 
 
 def experiment(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file; docs/tutorial.md explains it.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Directory.", show_default="the file's name, beside it")] = None,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file; docs/tutorial.md explains it.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory.", show_default="the file's name, beside it")
+    ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option("--data-dir", help="Where the file's paths are looked up.", show_default="beside the file"),
+        typer.Option(
+            "--data-dir", help="Where the file's paths are looked up.", show_default="beside the file"
+        ),
     ] = None,
     device: DeviceOption = "auto",
-    plan: Annotated[bool, typer.Option("--plan", help="Check everything, print what would be run, and stop.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Check everything, print what would be run, and stop.")
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Train nothing: tables and card of what is finished.")
     ] = False,
@@ -50,7 +58,9 @@ def experiment(
     if not report:
         opened.run(lambda line: print(line, flush=True))
     summary = summarise(opened)
-    summary["command"] = f"robustdebias experiment {config.name}" + (" --data-dir DATA" if data_dir is not None else "")
+    summary["command"] = f"robustdebias experiment {config.name}" + (
+        " --data-dir DATA" if data_dir is not None else ""
+    )
     write_results(out, summary)
     markdown, html = write_card(out, summary)
     print(f"\nthe card is {html}, and as Markdown {markdown}; every number is in {out / 'results.csv'}")

@@ -32,8 +32,8 @@ PARTS: dict[str, Part] = {
     "stereoset_inter": stereoset_inter,
     "crows_pairs": crows_pairs,
     "crows_pairs_differing": crows_pairs_differing,
-    "pseudo_perplexity": pseudo_perplexity,
     "seat": seat,
+    "pseudo_perplexity": pseudo_perplexity,
     "downstream": downstream,
 }
 

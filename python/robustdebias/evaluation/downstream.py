@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,12 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from robustdebias.evaluation.bootstrap import Resampler
 from robustdebias.evaluation.glue import KINDS, Row, Task, read_task
+from robustdebias.evaluation.metric import Metric
 from robustdebias.evaluation.scoring import fingerprint, progress_bar
 from robustdebias.modeling import check_length
-
-if TYPE_CHECKING:
-    from robustdebias.evaluation.metric import Metric
 
 __all__ = ["DEFINITION", "draws", "evaluate", "metric", "scores"]
 
@@ -141,7 +140,7 @@ def scores(result: Mapping[str, Any]) -> dict[str, float | None]:
     return {**result["scores"], **({"gap": result["gap"], **groups} if groups else {})}
 
 
-def draws(result: Mapping[str, Any], weights: Any) -> dict[str, np.ndarray]:
+def draws(result: Mapping[str, Any], weights: Resampler) -> dict[str, np.ndarray]:
     """Draws [R] of the scores, from dev rows drawn anew; none of Spearman's correlation, whose ranks would change.
 
     A group needs enough rows, and the gap needs them in the best and the worst group.
@@ -176,8 +175,6 @@ def draws(result: Mapping[str, Any], weights: Any) -> dict[str, np.ndarray]:
 
 def metric(name: str) -> Metric:
     """How the score ``name`` of :func:`scores` is called and read."""
-    from robustdebias.evaluation.metric import Metric
-
     if name == "gap":
         return Metric(name, "downstream accuracy, gap between groups", "0")
     if name.startswith("group."):
@@ -325,7 +322,7 @@ def _of_confusion(confusion: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _drawn_pearson(true: np.ndarray, predicted: np.ndarray, weights: Any) -> np.ndarray:
+def _drawn_pearson(true: np.ndarray, predicted: np.ndarray, weights: Resampler) -> np.ndarray:
     """Pearson's correlation of each draw [R] in per cent, from sums of products; NaN without spread."""
     x, y = true - true.mean(), predicted - predicted.mean()  # so that the differences below lose nothing
     sums = weights.apply(np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from robustdebias.adapters import ADAPTERS
+from robustdebias.adapters import adapter_of
+from robustdebias.modeling import position_limit
 
 __all__ = [
     "Query", "check_length", "evaluating", "fingerprint", "leading_space", "log_probabilities", "logits_at",
@@ -107,7 +108,7 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor)
 
     Models with an adapter run the head on these positions alone; others compute all logits first.
     """
-    adapter = ADAPTERS.get(getattr(getattr(model, "config", None), "model_type", ""))
+    adapter = adapter_of(model)
     if adapter is None:
         return model(**inputs).logits.flatten(0, 1)[positions]
     hidden, weight, bias = adapter(model, dict(inputs), positions)
@@ -174,6 +175,6 @@ def fingerprint(items: Iterable[Any]) -> str:
 
 def check_length(model: nn.Module, longest: int) -> None:
     """Raises ValueError if the model reads fewer than ``longest`` tokens."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = position_limit(model) if hasattr(model, "config") else None
     if limit is not None and longest > limit:
         raise ValueError(f"a sentence has {longest} tokens, but the model reads at most {limit}")

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain, combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +36,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from robustdebias.evaluation import scoring
-
-if TYPE_CHECKING:
-    from robustdebias.evaluation.metric import Metric
+from robustdebias.evaluation.bootstrap import Resampler
+from robustdebias.evaluation.metric import Metric
 
 __all__ = [
     "DEFINITION", "GROUPS", "PARTITIONS", "POOLINGS", "SentenceTest", "associations", "draws", "effect_size", "evaluate", "metric",
@@ -145,7 +144,7 @@ def scores(result: Mapping[str, Any]) -> dict[str, float | None]:
     return {"overall": result["overall"], **result["by_group"], **tests}
 
 
-def draws(result: Mapping[str, Any], weights: Any) -> dict[str, np.ndarray]:
+def draws(result: Mapping[str, Any], weights: Resampler) -> dict[str, np.ndarray]:
     """Draws [R] of the scores, from target sentences drawn anew, X and Y each by itself.
 
     None for a test whose X or Y has too few sentences, nor for a mean with such a test. As |d| has no sign, what the
@@ -166,8 +165,6 @@ def draws(result: Mapping[str, Any], weights: Any) -> dict[str, np.ndarray]:
 
 def metric(name: str) -> Metric:
     """How the score ``name`` of :func:`scores` is called and read."""
-    from robustdebias.evaluation.metric import Metric
-
     part, _, test = name.partition(".")
     if part == "test":
         return Metric(name, f"SEAT d, {test}", "0", unit="", digits=3)
@@ -260,7 +257,7 @@ def _embed(
     tokens = [torch.tensor(ids) for ids in scoring.tokenize(tokenizer, sentences)]
     # The longest first: running out of memory, or a sentence too long, shows at once.
     order = sorted(range(len(tokens)), key=lambda number: -len(tokens[number]))
-    scoring._check_length(model, len(tokens[order[0]]))
+    scoring.check_length(model, len(tokens[order[0]]))
     embeddings: list[Any] = [None] * len(tokens)
     with (
         scoring.evaluating(model),
@@ -298,7 +295,7 @@ def _averaged(tests: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     return {"overall": [*chain.from_iterable(groups.values())], **groups}
 
 
-def _drawn_effect_sizes(x: np.ndarray, y: np.ndarray, weights: Any) -> np.ndarray:
+def _drawn_effect_sizes(x: np.ndarray, y: np.ndarray, weights: Resampler) -> np.ndarray:
     """d of each draw [R] of associations ``x`` and ``y``, from sums and sums of squares."""
     centre = np.concatenate([x, y]).mean()  # so that the difference of squares below loses nothing
     x, y = x - centre, y - centre

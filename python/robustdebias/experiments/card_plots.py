@@ -27,7 +27,7 @@ from robustdebias.plots import (
     RUN_MARKERS,
     START_COLOUR,
     STYLE,
-    _name_lines,
+    name_lines,
 )
 
 __all__ = ["Picture", "draw_all"]
@@ -231,7 +231,7 @@ def group_weights(summary: Summary, grouping: str) -> Figure | None:
         _weights(axes, names, of_seeds)
         axes.set_title(f"{summary.label(method)}: weights of the groups")
         axes.set_ylabel("weight in the loss")
-        _name_lines(axes)
+        name_lines(axes)
     grid[-1].set_xlabel("step")
     return figure
 

@@ -113,7 +113,9 @@ class Experiment:
         """Raises ValueError if ``out`` holds something else than this experiment."""
         mine = self.out / "experiment.toml"
         if self.out.exists() and (not self.out.is_dir() or (any(self.out.iterdir()) and not mine.is_file())):
-            raise ValueError(f"out: {self.out} holds something else than an experiment; choose another directory")
+            raise ValueError(
+                f"out: {self.out} holds something else than an experiment; choose another directory"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         write_text(mine, self.text)  # a run's own config.json says whether its settings are still the same
 
@@ -209,12 +211,18 @@ def _read(corpus: Corpus, folder: Path) -> list[Example]:
 
 def _text_set(chosen: TextSet, folder: Path, words: int) -> list[Example]:
     """Of another corpus, cut into passages: nothing of it was trained on, so nothing is held out."""
-    prepared = prepare(_read(chosen.corpus, folder), chosen.grouping.grouping(), max_words=words, held_out=0.0)
+    prepared = prepare(
+        _read(chosen.corpus, folder), chosen.grouping.grouping(), max_words=words, held_out=0.0
+    )
     return spread(prepared.train, chosen.texts)
 
 
 def _suite(
-    settings: ExperimentSettings, prepared: PreparedCorpus, sets: dict[str, list[Example]], folder: Path, max_length: int
+    settings: ExperimentSettings,
+    prepared: PreparedCorpus,
+    sets: dict[str, list[Example]],
+    folder: Path,
+    max_length: int,
 ) -> Suite:
     chosen = settings.evaluation
     neutral = None

@@ -17,7 +17,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEMO_MODEL", "Corpus", "ExperimentSettings", "GroupingSettings", "Method", "TextSet", "load_settings"]
+__all__ = [
+    "DEMO_MODEL",
+    "Corpus",
+    "ExperimentSettings",
+    "GroupingSettings",
+    "Method",
+    "TextSet",
+    "load_settings",
+]
 
 DEMO_MODEL = "demo"
 """The model of ``robustdebias demo``, from the package index, in place of a directory or a hub id."""
@@ -146,7 +154,9 @@ class ExperimentSettings(_Section):
 
     def train_config(self, method: str, seed: int) -> TrainConfig:
         """The configuration of one run."""
-        return TrainConfig.from_dict({**self.train, **self.methods[method].train, "seed": seed}, f"methods.{method}")
+        return TrainConfig.from_dict(
+            {**self.train, **self.methods[method].train, "seed": seed}, f"methods.{method}"
+        )
 
 
 def load_settings(path: str | Path) -> ExperimentSettings:
@@ -166,7 +176,10 @@ def load_settings(path: str | Path) -> ExperimentSettings:
         settings = ExperimentSettings.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{path}: " + "; ".join(_problem(each, values) for each in error.errors())) from None
-    for where, given in (("train", settings.train), *((f"methods.{n}", m.train) for n, m in settings.methods.items())):
+    for where, given in (
+        ("train", settings.train),
+        *((f"methods.{n}", m.train) for n, m in settings.methods.items()),
+    ):
         if "seed" in given:
             raise ValueError(f"{path}: {where}: seed: an experiment's seeds stand in its list of seeds")
         try:

@@ -18,7 +18,17 @@ from robustdebias.comparison import SMALL_LOSS, SMALL_SCORE
 from robustdebias.evaluation import bootstrap
 from robustdebias.evaluation.metric import Metric
 
-__all__ = ["NO_CHANGE", "RULE", "START", "Difference", "Measured", "Score", "compare", "mean_scores", "measured"]
+__all__ = [
+    "NO_CHANGE",
+    "RULE",
+    "START",
+    "Difference",
+    "Measured",
+    "Score",
+    "compare",
+    "mean_scores",
+    "measured",
+]
 
 START = "start"
 NO_CHANGE = "no significant change"
@@ -98,7 +108,9 @@ def compare(
 
     Args: base_runs: those of the same seeds [S], or one model, the start, for all of them.
     """
-    pairs = list(zip(runs, base_runs if len(base_runs) == len(runs) else list(base_runs) * len(runs), strict=True))
+    pairs = list(
+        zip(runs, base_runs if len(base_runs) == len(runs) else list(base_runs) * len(runs), strict=True)
+    )
     found = []
     for name in _common([*runs, *base_runs]):
         part = name.partition(".")[0]
@@ -111,14 +123,21 @@ def compare(
         if low is None:
             verdict = "no interval"
         else:
-            worse = np.array([metric.badness(run.values[name]) - metric.badness(other.values[name]) for run, other in pairs])
+            worse = np.array(
+                [
+                    metric.badness(run.values[name]) - metric.badness(other.values[name])
+                    for run, other in pairs
+                ]
+            )
             worse_draws = [
                 metric.badness(run.draws[name]) - metric.badness(other.draws[name]) for run, other in pairs
             ]
             before = float(np.mean([other.values[name] for _, other in pairs]))
             verdict = _verdict(metric, float(worse.mean()), _interval(worse, worse_draws), before)
         found.append(
-            Difference(grouping, method, base, name, float(changes.mean()), low, high, changes.tolist(), verdict)
+            Difference(
+                grouping, method, base, name, float(changes.mean()), low, high, changes.tolist(), verdict
+            )
         )
     return found
 

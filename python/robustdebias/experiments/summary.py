@@ -14,7 +14,16 @@ from typing import Any
 from robustdebias.checkpoint import RunDirectory, read_json, write_json, write_text
 from robustdebias.evaluation.metric import Metric
 from robustdebias.experiments.runner import Experiment
-from robustdebias.experiments.statistics import RULE, START, Difference, Measured, Score, compare, mean_scores, measured
+from robustdebias.experiments.statistics import (
+    RULE,
+    START,
+    Difference,
+    Measured,
+    Score,
+    compare,
+    mean_scores,
+    measured,
+)
 from robustdebias.finetuning import environment
 from robustdebias.groups import collect_names
 from robustdebias.preparation import PreparedCorpus
@@ -33,7 +42,7 @@ METHOD_LABELS = {
 
 
 def summarise(experiment: Experiment) -> dict[str, Any]:
-    """Of the runs that are finished: see :mod:`robustdebias.experiments.card` for the dictionary's keys.
+    """Of the runs that are finished: see :mod:`robustdebias.experiments.card_input` for the dictionary's keys.
 
     Raises ValueError if none is.
     """
@@ -50,9 +59,10 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
         for method in settings.methods:
             for seed in settings.seeds:
                 run = RunDirectory(experiment.out / grouping / method / f"seed-{seed}")
-                if not (run.metrics.is_file() and run.result.is_file()):
-                    continue
-                evaluations.append(read_json(run.metrics)["evaluation"])
+                metrics = read_json(run.metrics) if run.metrics.is_file() and run.result.is_file() else {}
+                if metrics.get("suite") != experiment.suites[grouping].describe():
+                    continue  # still to be trained, or to be measured
+                evaluations.append(metrics["evaluation"])
                 found = by_method.setdefault(method, {})[seed] = measured(evaluations[-1])
                 scores += _tidy(grouping, method, seed, found)
                 training.append(_training(grouping, method, seed, run))
@@ -113,7 +123,9 @@ def _training(grouping: str, method: str, seed: int, run: RunDirectory) -> dict[
     result = run.read_result() or {}
     history: Sequence[Mapping[str, Any]] = result["history"]
     every = max(1, -(-len(history) // _CURVE_POINTS))
-    kept = [record for number, record in enumerate(history) if number % every == 0 or number == len(history) - 1]
+    kept = [
+        record for number, record in enumerate(history) if number % every == 0 or number == len(history) - 1
+    ]
     return {
         "grouping": grouping, "method": method, "seed": seed, "steps": len(history),
         "seconds": round(result["train_seconds"], 1), "tokens_per_second": round(result["tokens_per_second"], 1),
@@ -221,7 +233,10 @@ def _metric(name: str) -> dict[str, Any]:
 def _texts(evaluations: Sequence[Mapping[str, Any]], key: str) -> dict[str, str]:
     """What the parts say of themselves."""
     return {
-        part: str(result[key]) for evaluation in evaluations for part, result in evaluation.items() if result.get(key)
+        part: str(result[key])
+        for evaluation in evaluations
+        for part, result in evaluation.items()
+        if result.get(key)
     }
 
 
@@ -241,7 +256,11 @@ def _caveats(
         )
     for name in settings.groupings:
         sizes = Counter(group for example in experiment.suites[name].texts for group in example.groups or ())
-        small = [f"{group} ({sizes[group]})" for group in experiment.prepared[name].group_names if sizes[group] < _FEW_TEXTS]
+        small = [
+            f"{group} ({sizes[group]})"
+            for group in experiment.prepared[name].group_names
+            if sizes[group] < _FEW_TEXTS
+        ]
         if small:
             notes.append(
                 f"Fewer than {_FEW_TEXTS} held-out texts in the grouping {name}: {', '.join(small)}. The worst group's "
@@ -256,7 +275,7 @@ def _caveats(
         "Scores of bias benchmarks are about the stereotypes that their authors wrote down, in American English. No score "
         "shows that a model is free of bias, and intrinsic scores such as these are weakly related to harm in use."
     )
-    notes.append("A method that lowers a group's loss makes the model better at text about the group, not fairer in itself.")
-    if settings.model.note:
-        notes.append(settings.model.note)
+    notes.append(
+        "A method that lowers a group's loss makes the model better at text about the group, not fairer in itself."
+    )
     return notes
