@@ -87,6 +87,7 @@ def main(
 
     \b
     robustdebias demo                     # the whole tour, 15 minutes on 2 cores
+    robustdebias groups my.txt            # which groups it has
     robustdebias finetune --corpus my.txt --out runs/dro
     robustdebias finetune --corpus my.txt --out runs/erm --objective erm
     robustdebias compare runs/erm runs/dro --out report

@@ -97,8 +97,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     return entry
 
 
-def swapper_for(names: str, seed: int = 0) -> Swapper:
-    """Makes counterfactuals by those of the lexicons "gender,race:any" that the package has counterparts for.
+def swapper_for(names: Sequence[str], seed: int = 0) -> Swapper:
+    """Makes counterfactuals by those of the lexicons ("gender", "race:any", ...) that the package has counterparts for.
 
     Raises ValueError if there is none of these.
     """
@@ -106,10 +106,10 @@ def swapper_for(names: str, seed: int = 0) -> Swapper:
     from robustdebias.counterparts import builtin_counterparts
 
     known = builtin_counterparts()
-    lexicons = [name for part in names.split(",") if (name := part.strip().removesuffix(":any")) in known]
+    lexicons = [name for part in names if (name := part.removesuffix(":any")) in known]
     if not lexicons:
         raise ValueError(
-            f"cda: none of the lexicons {names!r} has counterparts; those that have: {', '.join(known)}"
+            f"cda: none of the lexicons {', '.join(names)} has counterparts; those that have: {', '.join(known)}"
         )
     return Swapper(dict.fromkeys(lexicons), seed=seed)
 

@@ -34,6 +34,12 @@ class AbsentGroups(str, Enum):
     decay = "decay"
 
 
+class Level(str, Enum):
+    attribute = "attribute"
+    value = "value"
+    intersection = "intersection"
+
+
 CorpusOption = Annotated[
     str,
     typer.Option("--corpus", metavar="PATH|ID", help="Text to learn from.", rich_help_panel=DATA),
@@ -70,14 +76,48 @@ MaxLengthOption = Annotated[
     int, typer.Option("--max-length", min=3, help="Tokens a passage may have.", rich_help_panel=DATA)
 ]
 LabelFieldOption = Annotated[
-    str | None,
-    typer.Option("--label-field", help="Field with ready-made group labels.", rich_help_panel=GROUPS),
+    list[str] | None,
+    typer.Option(
+        "--label-field",
+        help="Field with ready-made labels; may be given several times.",
+        rich_help_panel=GROUPS,
+    ),
+]
+LabelAxisOption = Annotated[
+    bool,
+    typer.Option(
+        "--label-axis",
+        help="Call labels by their field or file too, gender:female; other levels do.",
+        rich_help_panel=GROUPS,
+    ),
+]
+LevelOption = Annotated[
+    Level,
+    typer.Option(
+        "--level", help="gender, gender:female, or gender:female x religion:muslim.", rich_help_panel=GROUPS
+    ),
+]
+ClustersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--clusters", min=2, help="So many groups of passages alike to the model.", rich_help_panel=GROUPS
+    ),
+]
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="GROUP",
+        help="An error if it can't be trained on; repeatable.",
+        rich_help_panel=GROUPS,
+    ),
 ]
 GroupsOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--groups",
         metavar="NAME,...",
+        show_default="gender,race,religion, or the corpus's own labels",
         help="Lexicons that come with the package; NAME:any makes one group of all its classes.",
         rich_help_panel=GROUPS,
     ),

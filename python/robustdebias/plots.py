@@ -16,23 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from robustdebias.comparison import START, Comparison, objective, run_label
+from robustdebias.plot_style import FAINT, INK, STYLE
 
 __all__ = ["bias", "draw_all", "group_losses", "group_weights", "held_out_loss", "overview"]
 
-INK, FAINT = "#222222", "#8a8a8a"
 START_COLOUR = "#7a7a7a"
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RUN_MARKERS = ("s", "D", "^", "v", "P", "X")
 GROUP_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 GROUP_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
-STYLE: Any = {
-    "font.size": 11, "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.labelsize": 10.5, "xtick.labelsize": 10, "ytick.labelsize": 10.5, "legend.fontsize": 10.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
-    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "svg.fonttype": "none",
-    "text.parse_math": False,  # a "$" in a group's name is a dollar
-}  # fmt: skip
 
 Runs = Mapping[str, Mapping[str, Any]]
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # group -> steps and values

@@ -19,7 +19,10 @@ from robustdebias.options import (
     GroupsOption,
     HeadOption,
     HeldOutOption,
+    LabelAxisOption,
     LabelFieldOption,
+    Level,
+    LevelOption,
     LexiconOption,
     LimitOption,
     MaxLengthOption,
@@ -59,9 +62,11 @@ def evaluate(
     max_length: MaxLengthOption = 64,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
-    groups: GroupsOption = "gender,race,religion",
+    groups: GroupsOption = None,
     lexicon: LexiconOption = None,
     label_field: LabelFieldOption = None,
+    label_axis: LabelAxisOption = False,
+    level: LevelOption = Level.value,
     min_texts: MinTextsOption = 20,
     stereoset: StereoSetOption = None,
     crows_pairs: CrowsPairsOption = None,
@@ -114,8 +119,9 @@ def evaluate(
     from robustdebias.corpus import load_corpus
     from robustdebias.evaluation.stereoset_inter import with_next_sentence_head
     from robustdebias.finetuning import environment
+    from robustdebias.grouping import grouping_for
     from robustdebias.modeling import fingerprint, load, pick_device
-    from robustdebias.preparation import annotator_for, prepare, spread, words_within
+    from robustdebias.preparation import prepare, spread, words_within
     from robustdebias.suite import FORMS, TASKS, Suite, find_benchmarks, headline
 
     chosen = find_benchmarks(
@@ -134,11 +140,17 @@ def evaluate(
 
     texts, names, coverage = [], ["all"], None
     if corpus:
-        prepared = prepare(
-            load_corpus(corpus, text_field=text_field, label_field=label_field, split=split, limit=limit),
-            None if label_field else annotator_for(groups, lexicon),
-            max_words=words_within(max_length), held_out=held_out, min_texts=min_texts, seed=seed,
+        examples = load_corpus(
+            corpus, text_field=text_field, label_field=label_field, split=split, limit=limit,
+            label_axis=label_axis or level is not Level.value,
         )  # fmt: skip
+        grouping = grouping_for(
+            examples, groups=groups, lexicons=lexicon, label_field=label_field, level=level.value,
+            min_texts=min_texts, seed=seed,
+        )  # fmt: skip
+        prepared = prepare(
+            examples, grouping, max_words=words_within(max_length), held_out=held_out, seed=seed
+        )
         print(prepared.describe(), "\n", flush=True)
         texts = spread(prepared.held_out if held_out else prepared.train, eval_texts)
         names = prepared.group_names

@@ -15,6 +15,7 @@ from robustdebias.options import (
     AbsentGroups,
     Accumulation,
     BackendOption,
+    ClustersOption,
     CorpusOption,
     CrowsPairsOption,
     DataDirOption,
@@ -24,13 +25,17 @@ from robustdebias.options import (
     GroupsOption,
     HeadOption,
     HeldOutOption,
+    LabelAxisOption,
     LabelFieldOption,
+    Level,
+    LevelOption,
     LexiconOption,
     LimitOption,
     MaxLengthOption,
     MinTextsOption,
     ModelOption,
     Objective,
+    RequireOption,
     SeedOption,
     SplitOption,
     StereoSetOption,
@@ -52,10 +57,14 @@ def finetune(
     max_length: MaxLengthOption = 64,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
-    groups: GroupsOption = "gender,race,religion",
+    groups: GroupsOption = None,
     lexicon: LexiconOption = None,
     label_field: LabelFieldOption = None,
+    label_axis: LabelAxisOption = False,
+    level: LevelOption = Level.value,
+    clusters: ClustersOption = None,
     min_texts: MinTextsOption = 20,
+    require: RequireOption = None,
     group_level: Annotated[
         GroupLevel,
         typer.Option(
@@ -169,8 +178,9 @@ def finetune(
     from robustdebias.config import RAISED_DROPOUT, TrainConfig
     from robustdebias.corpus import load_corpus
     from robustdebias.finetuning import as_results, fine_tune, swapper_for
+    from robustdebias.grouping import grouping_for
     from robustdebias.modeling import load, pick_device
-    from robustdebias.preparation import annotator_for, prepare, spread, words_within
+    from robustdebias.preparation import prepare, spread, words_within
     from robustdebias.report import comparison_table
     from robustdebias.suite import Suite, benchmark_files
 
@@ -185,18 +195,27 @@ def finetune(
     if raised_dropout:
         config = replace(config, **RAISED_DROPOUT)
     RunDirectory(out).check(resume=resume, overwrite=overwrite)
-    swapper = swapper_for(groups, seed) if cda else None
-    annotator = None if label_field else annotator_for(groups, lexicon)
-    examples = load_corpus(corpus, text_field=text_field, label_field=label_field, split=split, limit=limit)
+    examples = load_corpus(
+        corpus, text_field=text_field, label_field=label_field, split=split, limit=limit,
+        label_axis=label_axis or level is not Level.value,
+    )  # fmt: skip
+    grouping = grouping_for(
+        examples, groups=groups, lexicons=lexicon, label_field=label_field, clusters=clusters, level=level.value,
+        min_texts=min_texts, seed=seed,
+    )  # fmt: skip
+    if group_level is GroupLevel.token and (grouping.source != "lexicons" or level is Level.intersection):
+        raise ValueError(
+            "group_level: token needs groups of words: lexicons, not at the level of intersections"
+        )
+    annotator = grouping.annotator()
+    swapper = swapper_for(grouping.lexicons, seed) if cda else None
+    encoder, tokenizer = load(model, head) if clusters is not None else (None, None)
     prepared = prepare(
-        examples,
-        annotator,
-        max_words=words_within(max_length),
-        held_out=held_out,
-        min_texts=min_texts,
-        seed=seed,
-    )
+        examples, grouping, max_words=words_within(max_length), held_out=held_out, seed=seed,
+        model=encoder and encoder.to(pick_device(device)), tokenizer=tokenizer,
+    )  # fmt: skip
     print(prepared.describe(), "\n", flush=True)
+    prepared.require(require or [])
     suite = Suite(
         spread(prepared.held_out, eval_texts), prepared.group_names, *benchmark_files(stereoset, crows_pairs, data_dir),
         max_length=max_length, seed=seed,

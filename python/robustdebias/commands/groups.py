@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +9,19 @@ import typer
 
 from robustdebias.options import (
     DATA,
-    GROUPS,
+    ClustersOption,
     DeviceOption,
+    GroupsOption,
     HeldOutOption,
+    LabelAxisOption,
+    LabelFieldOption,
+    Level,
+    LevelOption,
     LexiconOption,
     LimitOption,
     MaxLengthOption,
     MinTextsOption,
+    RequireOption,
     SeedOption,
     SplitOption,
     TextFieldOption,
@@ -29,12 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["groups"]
 
 
-class Level(str, Enum):
-    attribute = "attribute"
-    value = "value"
-    intersection = "intersection"
-
-
 def groups(
     corpus: Annotated[
         list[str], typer.Argument(metavar="CORPUS...", help="Files, folders or ids of data sets.")
@@ -45,40 +44,14 @@ def groups(
     held_out: HeldOutOption = 0.1,
     max_length: MaxLengthOption = 64,
     seed: SeedOption = 0,
-    groups: Annotated[
-        str | None,
-        typer.Option(
-            "--groups", metavar="NAME,...", show_default="gender,race,religion, or the corpus's own labels",
-            help="Lexicons that come with the package; NAME:any makes one group of all its classes.",
-            rich_help_panel=GROUPS,
-        ),
-    ] = None,
+    groups: GroupsOption = None,
     lexicon: LexiconOption = None,
-    label_field: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--label-field", help="Field with ready-made labels; may be given several times.", rich_help_panel=GROUPS
-        ),
-    ] = None,
-    label_axis: Annotated[
-        bool,
-        typer.Option(
-            "--label-axis", help="Call labels by their field or file too, gender:female; other levels do.",
-            rich_help_panel=GROUPS,
-        ),
-    ] = False,
-    level: Annotated[
-        Level, typer.Option(help="gender, gender:female, or gender:female x religion:muslim.", rich_help_panel=GROUPS)
-    ] = Level.value,
-    clusters: Annotated[
-        int | None,
-        typer.Option("--clusters", min=2, help="So many groups of alike passages; needs --model.", rich_help_panel=GROUPS),
-    ] = None,
+    label_field: LabelFieldOption = None,
+    label_axis: LabelAxisOption = False,
+    level: LevelOption = Level.value,
+    clusters: ClustersOption = None,
     min_texts: MinTextsOption = 20,
-    require: Annotated[
-        list[str] | None,
-        typer.Option("--require", metavar="GROUP", help="An error if it can't be trained on; repeatable.", rich_help_panel=GROUPS),
-    ] = None,
+    require: RequireOption = None,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="ID|DIR", help="Finds clusters; its tokens are counted.", rich_help_panel=DATA),

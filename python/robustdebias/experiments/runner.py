@@ -141,7 +141,7 @@ class Experiment:
         fine_tune(
             config, self.load_start, self.prepared[cell.grouping], self.suites[cell.grouping], directory,
             annotator=settings.groupings[cell.grouping].grouping().annotator(),
-            swapper=swapper_for(",".join(lexicons), cell.seed) if config.cda else None,
+            swapper=swapper_for(lexicons, cell.seed) if config.cda else None,
             start=start["evaluation"], device=self.device, resume=(directory / "config.json").is_file(),
             notes={"model": settings.model.name, "head": settings.model.head, "grouping": settings.groupings[cell.grouping].model_dump()},
         )  # fmt: skip
