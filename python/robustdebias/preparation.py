@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from robustdebias.corpus import OTHER, Example, passages, split_documents
 from robustdebias.coverage import Coverage
@@ -15,6 +15,8 @@ from robustdebias.grouping import Grouping
 from robustdebias.groups import GroupAnnotator, collect_names
 
 __all__ = ["ALL", "PreparedCorpus", "annotator_for", "prepare", "spread", "words_within"]
+
+T = TypeVar("T")
 
 ALL = "all"
 """The one group of a corpus without groups."""
@@ -70,7 +72,7 @@ def words_within(max_length: int) -> int:
     return max(max_length * 3 // 4, 1)
 
 
-def spread(examples: Sequence[Example], limit: int) -> list[Example]:
+def spread(examples: Sequence[T], limit: int) -> list[T]:
     """At most ``limit`` of them, evenly spread; always the same ones."""
     count = min(limit, len(examples))
     return [examples[place * len(examples) // count] for place in range(count)]

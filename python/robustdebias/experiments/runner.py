@@ -21,12 +21,14 @@ from typing import Any
 import torch
 
 from robustdebias.checkpoint import RunDirectory, read_json, write_json, write_text
-from robustdebias.corpus import Example, load_corpora, passages
+from robustdebias.corpus import Example, load_corpora
 from robustdebias.experiments.settings import DEMO_MODEL, Corpus, ExperimentSettings, TextSet, load_settings
 from robustdebias.finetuning import fine_tune, swapper_for
 from robustdebias.modeling import fingerprint, load
 from robustdebias.preparation import PreparedCorpus, prepare, spread, words_within
+from robustdebias.sentences import split_sentences
 from robustdebias.suite import Suite
+from robustdebias.wikitext import wikitext_lines
 
 __all__ = ["Cell", "Experiment", "open_experiment"]
 
@@ -203,6 +205,8 @@ def _model(settings: ExperimentSettings, folder: Path) -> tuple[str, Path | None
 def _read(corpus: Corpus, folder: Path) -> list[Example]:
     sources = [corpus.source] if isinstance(corpus.source, str) else list(corpus.source)
     found = [folder / source if (folder / source).exists() else source for source in sources]
+    if corpus.format == "wikitext":
+        return [example for source in found for example in wikitext_lines(source)][: corpus.limit]
     return load_corpora(
         found, text_field=corpus.text_field, label_field=corpus.label_field, document_field=corpus.document_field,
         label_axis=corpus.label_axis, split=corpus.split, limit=corpus.limit,
@@ -227,8 +231,13 @@ def _suite(
     chosen = settings.evaluation
     neutral = None
     if chosen.neutral is not None:
-        pieces = passages(_read(chosen.neutral.corpus, folder), words_within(max_length))
-        neutral = [piece.text for piece in spread(pieces, chosen.neutral.texts)]
+        texts = (
+            text for piece in _read(chosen.neutral.corpus, folder) for text in split_sentences(piece.text)
+        )
+        whole = [
+            text for text in texts if "<unk>" not in text and len(text.split()) <= words_within(max_length)
+        ]
+        neutral = spread(whole, chosen.neutral.texts)
     return Suite(
         spread(prepared.held_out, chosen.texts), prepared.group_names,
         _path(chosen.stereoset, folder), _path(chosen.crows_pairs, folder),

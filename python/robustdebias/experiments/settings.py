@@ -49,9 +49,13 @@ class Model(_Section):
 
 
 class Corpus(_Section):
-    """Text, as ``robustdebias finetune --corpus`` reads it. A path is looked up in the data folder."""
+    """Text, as ``robustdebias finetune --corpus`` reads it. A path is looked up in the data folder.
+
+    format: "wikitext" turns WikiText's tokens into natural text.
+    """
 
     source: str | tuple[str, ...]
+    format: Literal["auto", "wikitext"] = "auto"
     name: str | None = None
     licence: str | None = None
     text_field: str = "text"
@@ -93,7 +97,10 @@ class TextSet(_Section):
 
 
 class Neutral(_Section):
-    """Text about nobody in particular, for pseudo-perplexity: it costs a forward pass a token."""
+    """Sentences about nobody in particular, for pseudo-perplexity: it costs a forward pass a token.
+
+    A sentence with a word that the corpus' makers took away ("<unk>") is left out.
+    """
 
     corpus: Corpus
     texts: Annotated[int, Field(ge=1)] = 100
