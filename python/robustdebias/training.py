@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -263,13 +263,19 @@ def _membership(examples: Sequence[Example], group_names: Sequence[str], everywh
 
 @dataclass(frozen=True)
 class _Labels:
-    """An annotator whose small groups are folded, as those of the training texts are."""
+    """An annotator that knows the groups of a run: small ones are folded, some may be intersections."""
 
     annotator: GroupAnnotator
     names: Sequence[str]
 
     def annotate(self, text: str) -> tuple[str, ...]:
-        return tuple(name for name in self.annotator.annotate(text) if name in self.names) or (OTHER,)
+        """Of "gender:female", "religion:muslim" and "gender:female x religion:muslim" the last, where it is a group."""
+        mentioned = set(self.annotator.annotate(text))
+        parts = {name: set(name.split(" x ")) for name in self.names}
+        found = [name for name in self.names if parts[name] <= mentioned]
+        return tuple(name for name in found if not any(parts[name] < parts[other] for other in found)) or (
+            OTHER,
+        )
 
 
 def _with_counterfactuals(
@@ -283,7 +289,18 @@ def _with_counterfactuals(
     """Pairs of texts, their groups, counts. A group is gone if all its texts are: warns, "other" excepted."""
     from robustdebias.augmentation import augment
 
+    # In one order, so that groups of the same origin are the same tuple.
+    examples = [
+        replace(example, groups=tuple(name for name in group_names if name in (example.groups or ())))
+        for example in examples
+    ]
     labels: Any = annotator and _Labels(annotator, group_names)
+    if labels and (strange := sum(labels.annotate(example.text) != example.groups for example in examples)):
+        warnings.warn(
+            f"cda: the groups of {strange} of {len(examples)} texts are not those of the words in them, so their "
+            "counterfactuals have the same groups as they",
+            stacklevel=3,
+        )
     pairs = augment(examples, swapper, annotator=labels, keep=cast(Literal["augmented", "all"], keep))
     present = {everywhere, *(name for pair in pairs.examples for name in pair.groups or ())}
     names = [name for name in dict.fromkeys([*group_names, OTHER]) if name in present]
