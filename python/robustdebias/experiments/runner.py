@@ -24,7 +24,7 @@ from robustdebias.checkpoint import RunDirectory, read_json, write_json, write_t
 from robustdebias.corpus import Example, load_corpora
 from robustdebias.experiments.settings import DEMO_MODEL, Corpus, ExperimentSettings, TextSet, load_settings
 from robustdebias.finetuning import fine_tune, swapper_for
-from robustdebias.modeling import fingerprint, load
+from robustdebias.modeling import check_length, fingerprint, load
 from robustdebias.preparation import PreparedCorpus, prepare, spread, words_within
 from robustdebias.sentences import split_sentences
 from robustdebias.suite import Suite
@@ -58,6 +58,7 @@ class Experiment:
     device: torch.device
     load_start: Callable[[], tuple[Any, Any]]
     start_weights: str  # their fingerprint
+    texts: list[tuple[int, int]]  # of each corpus: texts and their words
     prepared: dict[str, PreparedCorpus]  # by grouping
     suites: dict[str, Suite]
 
@@ -173,7 +174,10 @@ def open_experiment(
     if len(lengths) > 1:
         raise ValueError(f"{config}: max_length differs between methods, so they could not be measured alike")
     words = words_within(max_length := lengths.pop())
-    examples = [example for corpus in settings.data.corpora for example in _read(corpus, folder)]
+    check_length(model, max_length)
+    corpora = [_read(corpus, folder) for corpus in settings.data.corpora]
+    examples = [example for corpus in corpora for example in corpus]
+    sizes = [(len(corpus), sum(len(example.text.split()) for example in corpus)) for corpus in corpora]
     prepared = {}
     for key, grouping in settings.groupings.items():
         try:
@@ -187,7 +191,7 @@ def open_experiment(
     suites = {key: _suite(settings, prepared[key], sets, folder, max_length) for key in settings.groupings}
     return Experiment(
         settings, config.read_text(encoding="utf-8"), Path(out), torch.device(device), load_start, fingerprint(model),
-        prepared, suites,
+        sizes, prepared, suites,
     )  # fmt: skip
 
 

@@ -158,9 +158,9 @@ def _data(experiment: Experiment) -> dict[str, Any]:
             {
                 "name": corpus.name or (corpus.source if isinstance(corpus.source, str) else ", ".join(corpus.source)),
                 "source": corpus.source if isinstance(corpus.source, str) else ", ".join(corpus.source),
-                "license": corpus.licence,
+                "license": corpus.licence, "texts": texts, "words": words,
             }
-            for corpus in settings.data.corpora
+            for corpus, (texts, words) in zip(settings.data.corpora, experiment.texts, strict=True)
         ],
         "train_texts": len(first.train),
         "train_words": sum(len(example.text.split()) for example in first.train),
