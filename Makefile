@@ -23,6 +23,8 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@# A second opinion on scores. Without dependencies: it asks for a numpy older than everything else here needs.
+	$(PIP) install --quiet --no-deps mlm-bias==0.1.7
 	touch $@
 
 demo: $(STAMP) ## fine-tune a BERT with ERM and with Group DRO, compare loss and bias

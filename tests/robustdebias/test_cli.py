@@ -118,8 +118,8 @@ def test_unknown_options_and_choices_are_usage_errors(finetune_options: list[obj
         (["--objective", "cvar", "--alpha", "0"], "alpha must be > 0 and <= 1, got 0.0"),
         (["--objective", "chi_square", "--radius", "-1"], "radius must be >= 0, got -1.0"),
         (
-            ["--cda", "--groups", "none"],
-            "cda: none of the lexicons 'none' has counterparts; those that have: ",
+            ["--cda", "--groups", "age"],
+            "cda: none of the lexicons age has counterparts; those that have: ",
         ),
         (["--stereoset", "nowhere.json"], "stereoset: there is no file nowhere.json"),
         (["--data-dir", "nowhere"], "data_dir: there is no folder nowhere"),

@@ -196,7 +196,7 @@ def test_an_interrupted_run_says_so_and_resumes_to_the_same_bits(
     from robustdebias import training
 
     config = replace(CONFIG, **options, batch_size=8, save_every=0)
-    swapper = swapper_for("gender,religion")
+    swapper = swapper_for(["gender", "religion"])
     steps = []
     show = training._show
 

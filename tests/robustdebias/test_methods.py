@@ -59,7 +59,7 @@ def test_every_method_from_one_start(
     tiny_model_dir: Path, corpus: PreparedCorpus, annotator: GroupAnnotator, tmp_path: Path
 ) -> None:
     """Each finishes in as many steps, is recorded, ends elsewhere than all others, and in the same place again."""
-    swapper = swapper_for("gender,religion")
+    swapper = swapper_for(["gender", "religion"])
     config = replace(CONFIG, max_steps=None, epochs=1, save_every=0)
     steps = -(-len(corpus.train) // config.batch_size)
     ends: dict[str, dict[str, torch.Tensor]] = {}
@@ -82,7 +82,7 @@ def test_every_method_from_one_start(
 def test_counterfactuals_are_of_the_training_texts_and_of_their_own_groups(
     tiny_model_dir: Path, corpus: PreparedCorpus, annotator: GroupAnnotator, tmp_path: Path
 ) -> None:
-    swapper = swapper_for("gender,religion")
+    swapper = swapper_for(["gender", "religion"])
     config = replace(CONFIG, cda=True, max_steps=2)
     data = run(config, tiny_model_dir, corpus, tmp_path / "pairs", annotator=annotator, swapper=swapper)[
         "config"
@@ -166,7 +166,7 @@ def test_counterfactuals_at_token_level(
         corpus,
         tmp_path / "run",
         annotator=annotator,
-        swapper=swapper_for("gender,religion"),
+        swapper=swapper_for(["gender", "religion"]),
     )
     assert result["config"]["data"]["groups"][OTHER] == result["config"]["data"]["texts"]
     assert OTHER in result["history"][0]["group_loss"]
