@@ -12,7 +12,7 @@ from robustdebias.evaluation import bootstrap
 from robustdebias.evaluation.metric import Metric
 
 __all__ = [
-    "RULE", "START", "VERDICTS", "Comparison", "Difference", "Metric", "compare", "objective", "run_label",
+    "RULE", "START", "VERDICTS", "Comparison", "Difference", "Metric", "compare", "objective", "run_label", "slight_below",
 ]  # fmt: skip
 
 START = "start"
@@ -108,15 +108,14 @@ def _same_items(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -
     return one[part].get("items") == other[part].get("items")
 
 
-def _small(metric: Metric, before: float) -> float:
+def slight_below(metric: Metric, before: float) -> float:
     """A difference below this is called slight."""
     if metric.is_loss:
         return SMALL_LOSS * abs(before)
     if metric.unit == "%":
         return SMALL_SCORE
-    return (
-        SMALL_EFFECT if metric.ideal == "0" else SMALL_SCORE / 100
-    )  # a share is a hundredth of its per cent
+    # A share is a hundredth of its per cent.
+    return SMALL_EFFECT if metric.ideal == "0" else SMALL_SCORE / 100
 
 
 def _difference(
@@ -137,6 +136,6 @@ def _difference(
         verdict = "no clear difference"
     else:
         size = abs(metric.badness(after) - metric.badness(before))
-        slight = size < _small(metric, before)
+        slight = size < slight_below(metric, before)
         verdict = ("slightly " if slight else "") + ("worse" if worse_low > 0 else "better")
     return Difference(base, other, metric, after - before, low, high, verdict)

@@ -118,7 +118,8 @@ def number(value: float, digits: int, sign: str = "") -> str:
 
 
 def part_title(part: str) -> str:
-    return _PARTS.get(part, part)
+    kind, _, text_set = part.partition(":")
+    return f"the text set {text_set}" if text_set else _PARTS.get(kind, kind)
 
 
 def metric_note(metric: Metric) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from robustdebias.comparison import SMALL_LOSS, SMALL_SCORE
+from robustdebias.comparison import SMALL_EFFECT, SMALL_LOSS, SMALL_SCORE, slight_below
 from robustdebias.evaluation import bootstrap
 from robustdebias.evaluation.metric import Metric
 
@@ -38,7 +38,8 @@ RULE = (
     "spread over the training seeds (Student's t on the seeds' values; none with a single seed). The two half-widths are "
     "joined as the root of the sum of their squares. A difference is called better or worse only if this interval, of the "
     "distance from the ideal where the ideal is 0 or 50, leaves out zero, and slight if it is below "
-    f"{SMALL_LOSS:.0%} of a loss or {SMALL_SCORE:g} point of a score; else there is {NO_CHANGE}. Scores of fewer than "
+    f"{SMALL_LOSS:.0%} of a loss or perplexity, {SMALL_SCORE:g} point of a score in per cent or {SMALL_EFFECT:g} of an effect "
+    f"size; else there is {NO_CHANGE}. Scores of fewer than "
     f"{bootstrap.FEWEST} test items get no interval and no verdict. Among many rows about one in twenty leaves out zero by "
     "chance: rows were not corrected for their number."
 )
@@ -173,10 +174,5 @@ def _verdict(
     low, high = interval
     if low is None or high is None or low <= 0 <= high:
         return NO_CHANGE
-    slight = abs(worse) < (SMALL_LOSS * abs(before) if metric.unit == "nats" else _small(metric))
+    slight = abs(worse) < slight_below(metric, before)
     return ("slightly " if slight else "") + ("worse" if worse > 0 else "better")
-
-
-def _small(metric: Metric) -> float:
-    """One point of a percentage; of a score on another scale (an effect size) a twentieth."""
-    return SMALL_SCORE if metric.unit == "%" else 0.05
