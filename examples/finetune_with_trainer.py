@@ -18,7 +18,7 @@ from robustdebias.preparation import annotator_for, prepare
 from robustdebias.trainer import RobustDebiasTrainer
 
 
-def main(arguments: list[str] | None = None) -> RobustDebiasTrainer:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a directory with a saved model, or its id on the hub")
     parser.add_argument("--corpus", required=True, help="a file with texts")
@@ -35,10 +35,10 @@ def main(arguments: list[str] | None = None) -> RobustDebiasTrainer:
     options = parser.parse_args(arguments)
 
     model, tokenizer = load(options.model)
-    corpus = prepare(
-        load_corpus(options.corpus), annotator_for(options.groups), min_texts=options.min_texts
+    corpus = prepare(load_corpus(options.corpus), annotator_for(options.groups), min_texts=options.min_texts)
+    train, held_out = (
+        encode(side, tokenizer, options.max_length) for side in (corpus.train, corpus.held_out)
     )
-    train, held_out = (encode(side, tokenizer, options.max_length) for side in (corpus.train, corpus.held_out))
     counts = group_mask([text.groups for text in train], corpus.group_names).sum(0).tolist()
 
     trainer = RobustDebiasTrainer(
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> RobustDebiasTrainer:
     )
     trainer.train()
     trainer.save_model()
-    return trainer
+    trainer.accelerator.end_training()  # several processes part in good order
 
 
 if __name__ == "__main__":

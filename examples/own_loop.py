@@ -1,6 +1,6 @@
 """Group DRO in a training loop of your own: three lines of it are this package's.
 
-    python examples/own_loop.py --model DIR --corpus FILE --out DIR
+python examples/own_loop.py --model DIR --corpus FILE --out DIR
 """
 
 import argparse

@@ -28,7 +28,7 @@ from robustdebias.group_meter import GroupMeter
 from robustdebias.in_forward import SameDraws, in_forward
 from robustdebias.losses import GroupLoss, Rows, build_loss
 from robustdebias.modeling import HeadInputs, has_adapter, masked_lm_inputs
-from robustdebias.trainer_settings import check_settings
+from robustdebias.trainer_settings import check_groups, check_settings
 
 __all__ = ["GROUP_WEIGHTS", "RobustDebiasTrainer"]
 
@@ -75,14 +75,7 @@ class RobustDebiasTrainer(Trainer):
         config = config or TrainConfig()
         check_settings(args, config, options)
         self.group_names = list(group_names)
-        known = getattr(data_collator, "group_names", self.group_names)
-        if list(known) != self.group_names:
-            raise ValueError(f"group_names: {self.group_names}, but the data_collator's are {list(known)}")
-        if group_counts is None and (config.objective == "reweight" or config.adjustment):
-            raise ValueError("group_counts: reweight and adjustment need the size of each group")
-        counts = [1] * len(self.group_names) if group_counts is None else list(group_counts)
-        if len(counts) != len(self.group_names):
-            raise ValueError(f"group_counts: {len(counts)} counts for {len(self.group_names)} groups")
+        counts = check_groups(self.group_names, group_counts, config, data_collator)
         linear = has_adapter(model)
         loss_fn = build_loss(config, self.group_names, counts, linear=linear)
         super().__init__(model, args, data_collator, **options)
@@ -220,10 +213,10 @@ class RobustDebiasTrainer(Trainer):
     # Evaluation
 
     def _observe(self, inputs: HeadInputs) -> None:
-        arguments = (inputs.hidden, inputs.labels, inputs.groups)
-        if inputs.weight is not None:
-            arguments = (inputs.hidden, inputs.weight, inputs.labels, inputs.groups, inputs.bias)
-        self._eval_op(*arguments)
+        if inputs.weight is None:
+            self._eval_op(inputs.hidden, inputs.labels, inputs.groups)
+        else:
+            self._eval_op(inputs.hidden, inputs.weight, inputs.labels, inputs.groups, inputs.bias)
         self._eval_meter.add(copy.copy(self._eval_op))
 
     def prediction_step(
@@ -259,12 +252,13 @@ class RobustDebiasTrainer(Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         overall, by_group = self._eval_meter.read()
+        metrics = {f"loss_{name}": loss for name, loss in by_group.items()}
         if overall is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = overall
-        output.metrics.update({f"{metric_key_prefix}_loss_{name}": loss for name, loss in by_group.items()})
+            metrics["loss"] = overall
         if by_group:
-            output.metrics[f"{metric_key_prefix}_worst_group_loss"] = max(by_group.values())
-        return output
+            metrics["worst_group_loss"] = max(by_group.values())
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
 
     # Logs and checkpoints
 
@@ -280,12 +274,13 @@ class RobustDebiasTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
         if self.args.should_save and isinstance(self.loss_fn, GroupLoss):
+            directory = Path(output_dir or str(self.args.output_dir))
+            directory.mkdir(parents=True, exist_ok=True)
+            # Numbers of JSON are doubles here, which hold a float32 exactly.
             q = dict(zip(self.group_names, self.loss_fn.group_weights.tolist(), strict=True))
-            write_json(
-                Path(output_dir or self.args.output_dir) / GROUP_WEIGHTS, q
-            )  # exact: a double holds a float32
+            write_json(directory / GROUP_WEIGHTS, q)
+        super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._load_group_weights(resume_from_checkpoint)

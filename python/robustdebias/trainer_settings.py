@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from robustdebias.config import TrainConfig
 
-__all__ = ["check_settings"]
+__all__ = ["check_groups", "check_settings"]
 
 
 _OF_ARGUMENTS = {
@@ -54,3 +54,19 @@ def check_settings(args: TrainingArguments, config: TrainConfig, options: Mappin
         raise ValueError(
             "args: dataloader_persistent_workers must be False, else the masks stay those of epoch 0"
         )
+
+
+def check_groups(
+    names: Sequence[str], counts: Sequence[int] | None, config: TrainConfig, data_collator: Any
+) -> list[int]:
+    """The number of examples in each group; 1 where nobody asks. Raises ValueError for what does not fit together."""
+    known = list(getattr(data_collator, "group_names", names))
+    if known != list(names):
+        raise ValueError(f"group_names: {list(names)}, but the data_collator's are {known}")
+    if counts is None:
+        if config.objective == "reweight" or config.adjustment:
+            raise ValueError("group_counts: reweight and adjustment need the size of each group")
+        return [1] * len(names)
+    if len(counts) != len(names):
+        raise ValueError(f"group_counts: {len(counts)} counts for {len(names)} groups")
+    return list(counts)
