@@ -164,3 +164,26 @@ def test_the_own_loop_example(tiny_model_dir: Path, tiny_corpus: Path, tmp_path:
     assert len(printed) == 8
     assert printed[-1] < printed[0]
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_the_snippets_of_the_documentation(
+    tiny_model_dir: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand there, one after the other, in a folder that has the files that they name."""
+    snippets = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "trainer.md").read_text("utf-8"), re.M | re.S
+    )
+    assert len(snippets) == 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "my-bert").symlink_to(tiny_model_dir)
+    (tmp_path / "news.txt").write_text(tiny_corpus.read_text())
+    names: dict[str, Any] = {}
+    exec(snippets[0], names)
+    trained = names["trainer"].loss_fn.group_weights
+    assert trained.max() > trained.min()
+    gradient = names["model"].cls.predictions.bias.grad
+    assert gradient is None or not gradient.any()
+    exec(snippets[1], names)
+    assert names["model"].cls.predictions.bias.grad.any()
+    assert names["loss_fn"].group_weights.sum().item() == pytest.approx(1, abs=1e-5)
