@@ -90,6 +90,7 @@ class RobustDebiasTrainer(Trainer):
                     f"config: objective {config.objective!r} runs in one process; {processes} are here"
                 )
             loss_fn.op.process_group = process_group
+        self.model_accepts_loss_kwargs = True  # where Trainer does not know ``loss_is_scaled_for_ga``
         self.config = config
         self.loss_fn = loss_fn.to(args.device)
         # Of the whole evaluation there are sums and counts by group, whatever the objective; its loss plays no part.
