@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -56,7 +57,12 @@ class Rows(NamedTuple):
 
 
 def build_loss(
-    config: TrainConfig, group_names: Sequence[str], group_counts: Sequence[int], *, linear: bool
+    config: TrainConfig,
+    group_names: Sequence[str],
+    group_counts: Sequence[int],
+    *,
+    linear: bool,
+    process_group: Any = None,
 ) -> GroupLoss | TokenMean | TextLoss:
     """The loss of a run with this configuration, its ``step_size`` resolved.
 
@@ -67,6 +73,8 @@ def build_loss(
     Args:
         group_counts: number of training examples in each group [G].
         linear: whether the inputs are decoder inputs (the linear op) or full logits (the logits op).
+        process_group: of torch.distributed, for data-parallel training: the loss is that of the joined batches.
+            Gradients are those of a mean over the processes, as DistributedDataParallel takes it.
 
     Raises: ValueError for a group without examples, and what the objectives of rd, the losses and
     ``rd.use_backend`` raise.
@@ -79,7 +87,7 @@ def build_loss(
             raise ValueError(f"backend: {error}") from None
     if empty := [name for name, count in zip(group_names, group_counts, strict=True) if count < 1]:
         raise ValueError(f"group_counts: no training example is in {', '.join(empty)}")
-    op_class = rd.LinearGroupDROLoss if linear else rd.GroupDROLoss
+    op_class = partial(rd.LinearGroupDROLoss if linear else rd.GroupDROLoss, process_group=process_group)
     if config.objective == "group_dro":
         policy = cast(Literal["decay", "hold"], config.absent_groups)
         counts = tuple(group_counts) if config.adjustment else None
@@ -88,11 +96,15 @@ def build_loss(
             op_class(len(group_names), objective=rule, group_names=group_names, backend=config.backend)
         )
     if config.objective == "cvar":
-        return TextLoss(op_class, group_names, config.backend, rd.CVaR(config.alpha, base="groups"))
+        return TextLoss(
+            op_class, group_names, config.backend, process_group, rd.CVaR(config.alpha, base="groups")
+        )
     if config.objective == "chi_square":
-        return TextLoss(op_class, group_names, config.backend, rd.ChiSquare(config.radius, base="groups"))
+        return TextLoss(
+            op_class, group_names, config.backend, process_group, rd.ChiSquare(config.radius, base="groups")
+        )
     inverse = 1 / torch.tensor(group_counts, dtype=torch.float64) if config.objective == "reweight" else None
-    return TokenMean(op_class, group_names, config.backend, inverse)
+    return TokenMean(op_class, group_names, config.backend, process_group, inverse)
 
 
 class GroupLoss(nn.Module):
@@ -132,12 +144,29 @@ class GroupLoss(nn.Module):
 class _CellLoss(nn.Module):
     """What the objectives over cells share. They have no state from one step to the next."""
 
-    def __init__(self, op_class: Any, group_names: Sequence[str], backend: str):
+    def __init__(self, op_class: Any, group_names: Sequence[str], backend: str, process_group: Any):
         super().__init__()
         self._op_class, self._names, self._backend = op_class, tuple(group_names), backend
+        self._process_group = process_group
         self._last: tuple[rd.GroupReport, list[list[bool]], float] | None = None
 
     def _cells(self, rows: Rows | HeadInputs) -> _Cells:
+        """Of this process's rows, among the cells of all processes."""
+        mine = self._own_cells(rows)
+        if self._process_group is None:
+            return mine
+        ranks = torch.distributed.get_world_size(self._process_group)
+        parts: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(
+            parts, (mine.groups.cpu(), mine.texts.cpu()), group=self._process_group
+        )
+        none = torch.zeros(0, dtype=torch.int64)
+        whole, _ = _Cells.joined([_Cells(groups, texts, none) for groups, texts in parts])
+        before = sum(len(texts) for _, texts in parts[: torch.distributed.get_rank(self._process_group)])
+        device = mine.groups.device
+        return _Cells(whole.groups.to(device), whole.texts.to(device), mine.of_row + before)
+
+    def _own_cells(self, rows: Rows | HeadInputs) -> _Cells:
         raise NotImplementedError
 
     def _objective(self, cells: _Cells) -> rd.Objective:
@@ -183,15 +212,20 @@ class TokenMean(_CellLoss):
     """
 
     def __init__(
-        self, op_class: Any, group_names: Sequence[str], backend: str, inverse: Tensor | None = None
+        self,
+        op_class: Any,
+        group_names: Sequence[str],
+        backend: str,
+        process_group: Any = None,
+        inverse: Tensor | None = None,
     ):
-        super().__init__(op_class, group_names, backend)
+        super().__init__(op_class, group_names, backend, process_group)
         self._inverse = inverse
         self._ungrouped = 0.0
         if inverse is not None and OTHER in group_names:
             self._ungrouped = float(inverse[self._names.index(OTHER)])
 
-    def _cells(self, rows: Rows | HeadInputs) -> _Cells:
+    def _own_cells(self, rows: Rows | HeadInputs) -> _Cells:
         return _Cells.of(rows.groups)
 
     def _objective(self, cells: _Cells) -> rd.Objective:
@@ -206,7 +240,10 @@ class TokenMean(_CellLoss):
 
     def window(self, rows: Sequence[Rows], apply: Apply) -> Iterator[Tensor]:
         """As :meth:`GroupLoss.window`; the weights are known beforehand, so the model runs once."""
-        masses = [float(self._weights(each.groups).sum()) for each in rows]
+        of_batches = torch.stack([self._weights(each.groups).sum() for each in rows])
+        if self._process_group is not None:
+            torch.distributed.all_reduce(of_batches, group=self._process_group)
+        masses = of_batches.tolist()
         for k, mass in enumerate(masses):
             share = mass / (sum(masses) or 1.0)
             yield apply(k, lambda inputs, share=share: self(inputs, share))
@@ -219,11 +256,18 @@ class TextLoss(_CellLoss):
         over_texts: the objective whose groups are texts.
     """
 
-    def __init__(self, op_class: Any, group_names: Sequence[str], backend: str, over_texts: rd.Objective):
-        super().__init__(op_class, group_names, backend)
+    def __init__(
+        self,
+        op_class: Any,
+        group_names: Sequence[str],
+        backend: str,
+        process_group: Any,
+        over_texts: rd.Objective,
+    ):
+        super().__init__(op_class, group_names, backend, process_group)
         self._over_texts = over_texts
 
-    def _cells(self, rows: Rows | HeadInputs) -> _Cells:
+    def _own_cells(self, rows: Rows | HeadInputs) -> _Cells:
         return _Cells.of(rows.groups, rows.texts)
 
     def _objective(self, cells: _Cells) -> rd.Objective:

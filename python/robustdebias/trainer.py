@@ -77,19 +77,15 @@ class RobustDebiasTrainer(Trainer):
         self.group_names = list(group_names)
         counts = check_groups(self.group_names, group_counts, config, data_collator)
         linear = has_adapter(model)
-        loss_fn = build_loss(config, self.group_names, counts, linear=linear)
+        build_loss(config, self.group_names, counts, linear=linear)  # raises before anything is written
         super().__init__(model, args, data_collator, **options)
 
-        kind, processes = self.accelerator.distributed_type, self.accelerator.num_processes
+        kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise ValueError(f"args: {kind.value} is not supported; data-parallel processes are")
-        process_group = torch.distributed.group.WORLD if processes > 1 else None
-        if processes > 1:
-            if not isinstance(loss_fn, GroupLoss):
-                raise ValueError(
-                    f"config: objective {config.objective!r} runs in one process; {processes} are here"
-                )
-            loss_fn.op.process_group = process_group
+        process_group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        loss_fn = build_loss(config, self.group_names, counts, linear=linear, process_group=process_group)
+        self.model_accepts_loss_kwargs = True  # where Trainer does not know ``loss_is_scaled_for_ga``
         self.config = config
         self.loss_fn = loss_fn.to(args.device)
         # Of the whole evaluation there are sums and counts by group, whatever the objective; its loss plays no part.

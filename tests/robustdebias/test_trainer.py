@@ -23,7 +23,7 @@ from tiny_trainer import (
     texts,
 )
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from robustdebias.collate import MLMCollator
 from robustdebias.config import OBJECTIVES
@@ -80,16 +80,20 @@ def test_erm_is_the_plain_trainer(
     assert len(losses[0]) == 6
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("accumulate", "older"), [(1, False), (3, False), (3, True)])
 def test_group_dro_is_the_published_rule(
-    accumulate: int, make_model: Callable, tiny_tokenizer: Any, tmp_path: Path
+    accumulate: int, older: bool, make_model: Callable, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     """SGD on the loss of the joined batch by the model's own forward, q from its group means; two steps."""
     model, plain = make_model(), make_model()
+    if older:  # a Trainer that only asks whether the model normalises its loss, and a model that does not
+        model.accepts_loss_kwargs = False
     train = texts(24, len(tiny_tokenizer))
     trainer = make_trainer(
         model, tiny_tokenizer, tmp_path, train=train, max_steps=2, gradient_accumulation_steps=accumulate
     )
+    if older:
+        trainer.loss_is_scaled_for_ga = None
     trainer.train()
     collator = MLMCollator(tiny_tokenizer, NAMES, mask_probability=0.3)
     q = torch.full((3,), 1 / 3, dtype=torch.float64)
@@ -175,6 +179,28 @@ def test_both_passes_over_a_batch_draw_the_same_dropout(
         shape = tuple(slice(min(sizes)) for sizes in zip(first.shape, second.shape, strict=True))
         assert not torch.equal(first[shape], second[shape])
     assert dropped[0].float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_step_that_is_left_before_its_end_leaves_nothing_open(
+    make_model: Callable, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    class Stop(TrainerCallback):
+        asked = False
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop, self.asked = not self.asked, True
+
+    held_out = texts(5, len(tiny_tokenizer), seed=1)
+    trainer = make_trainer(
+        make_model(), tiny_tokenizer, tmp_path, max_steps=3, gradient_accumulation_steps=2,
+        options={"callbacks": [Stop()], "eval_dataset": held_out},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 0
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_bf16_reaches_the_parts_of_the_model_that_are_called(
