@@ -173,6 +173,8 @@ def test_models_need_not_be_kept(study, tmp_path):
     run(study)
     assert not list((tmp_path / "study").rglob("model.safetensors"))
     run(study)  # and nothing of it is missed
+    study.write_text(study.read_text().replace("texts = 40", "texts = 30"))
+    assert "was not kept and cannot be measured again" in " ".join(refused(study).split())
 
 
 @pytest.mark.parametrize(

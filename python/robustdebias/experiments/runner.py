@@ -139,10 +139,20 @@ class Experiment:
 
     def _run(self, cell: Cell, start: dict[str, Any]) -> None:
         settings, directory = self.settings, cell.directory(self.out)
+        suite, run = self.suites[cell.grouping], RunDirectory(directory)
+        if (
+            run.result.is_file()
+            and not run.model.is_dir()
+            and read_json(run.metrics)["suite"] != suite.describe()
+        ):
+            raise ValueError(
+                f"evaluation: it differs from that of {directory}, whose model was not kept and cannot be measured again; "
+                "delete that folder to train it anew"
+            )
         config = settings.train_config(cell.method, cell.seed)
         lexicons = settings.groupings[cell.grouping].lexicons
         fine_tune(
-            config, self.load_start, self.prepared[cell.grouping], self.suites[cell.grouping], directory,
+            config, self.load_start, self.prepared[cell.grouping], suite, directory,
             annotator=settings.groupings[cell.grouping].grouping().annotator(),
             swapper=swapper_for(lexicons, cell.seed) if config.cda else None,
             start=start["evaluation"], device=self.device, resume=(directory / "config.json").is_file(),
