@@ -14,7 +14,7 @@ from neighbour_model import NeighbourModel
 
 from robustdebias.collate import MLMCollator, encode
 from robustdebias.corpus import Example
-from robustdebias.evaluation import mlm
+from robustdebias.evaluation import bootstrap, mlm
 
 NAMES = ["female", "male", "muslim"]
 
@@ -176,3 +176,31 @@ def test_bad_input(model: NeighbourModel, tiny_tokenizer: Any, tmp_path: Path) -
     model.table.data[:] = float("nan")
     with pytest.raises(RuntimeError, match="the loss of 1 of 1 tokens of a batch is not finite"):
         mlm.evaluate(model, batches, NAMES, progress=False)
+
+
+def test_a_handful_of_texts_is_neither_worst_nor_best(tiny_tokenizer, make_tiny_model):
+    """Nine texts of a group that the model is worst at, and twelve of each of two others."""
+    model = make_tiny_model(len(tiny_tokenizer))
+    sentences = ["The teacher reads their book at home."] * 12 + ["He sells his lamp near the river."] * 12
+    examples = [Example(text, f"{n}", ("a" if n < 12 else "b",)) for n, text in enumerate(sentences)]
+    few = [Example("zq xj vw kq", f"few {n}", ("few",)) for n in range(9)]
+    names = ["a", "b", "few"]
+
+    def measured(texts):
+        encoded = encode(texts, tiny_tokenizer, 32)
+        return mlm.evaluate(model, [MLMCollator(tiny_tokenizer, names)(encoded)], names, progress=False)
+
+    result = measured([*examples, *few])
+    losses = {name: stats["loss"] for name, stats in result["by_group"].items()}
+    judged = sorted((losses["a"], losses["b"]))
+    assert mlm.scores(result)["worst"] == judged[1]
+    assert mlm.scores(result)["gap"] == pytest.approx(judged[1] - judged[0])
+    assert result["worst_group"] in ("a", "b")
+    drawn = bootstrap.draws({"mlm": result})
+    assert {"mlm.worst", "mlm.gap", "mlm.group.a"} <= set(drawn)
+    assert "mlm.group.few" not in drawn
+    ten = measured([*examples, *few, few[0]])
+    assert mlm.scores(ten)["worst"] == max(stats["loss"] for stats in ten["by_group"].values())
+    alone = measured(few)  # then there is nothing else to go by
+    assert alone["worst_group"] == "few"
+    assert "mlm.worst" not in bootstrap.draws({"mlm": alone})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
@@ -47,7 +48,8 @@ def evaluate(
         per_text: also return every text's sums, which confidence intervals need.
 
     Returns: ``overall`` and ``by_group[name]`` with ``loss``, ``perplexity``, ``accuracy`` (None without tokens)
-    and ``count``; ``worst_group``; ``gap`` with ``worst_minus_best`` and ``worst_minus_overall``;
+    and ``count``; ``worst_group``; ``gap`` with ``worst_minus_best`` and ``worst_minus_overall`` (of groups with enough
+    texts, :func:`_judged`);
     ``definition``; ``items``, the fingerprint of the masked text; and ``per_text``: ``[loss sum, count]`` of each text
     under ``overall``, ``[text, group, loss sum, count]`` of its groups under ``by_group``.
 
@@ -75,28 +77,28 @@ def evaluate(
     result: dict[str, Any] = {
         "overall": overall,
         "by_group": dict(zip(group_names, by_group, strict=True)),
-        **_worst(dict(zip(group_names, by_group, strict=True)), overall),
         "definition": DEFINITION,
         "items": fingerprint(seen),
     }
     if texts is not None:
         result["per_text"] = {"overall": texts.overall, "by_group": texts.by_group}
-    return result
+    return {**result, **_worst(result)}
 
 
 def scores(result: Mapping[str, Any]) -> dict[str, float | None]:
     """``overall``, ``worst``, ``gap`` (worst minus best), ``group.NAME``: losses in nats."""
     losses = {name: stats["loss"] for name, stats in result["by_group"].items()}
+    extremes = _worst(result)
     return {
         "overall": result["overall"]["loss"],
-        "worst": losses.get(result["worst_group"]),
-        "gap": result["gap"]["worst_minus_best"],
+        "worst": losses.get(extremes["worst_group"]),
+        "gap": extremes["gap"]["worst_minus_best"],
         **{f"group.{name}": loss for name, loss in losses.items()},
     }
 
 
 def draws(result: Mapping[str, Any], weights: Resampler) -> dict[str, np.ndarray]:
-    """Texts are drawn. The worst group's loss needs enough texts of that group, the gap of the best one too."""
+    """Texts are drawn. The worst group is looked for in each draw, among the groups that have enough texts."""
     if "per_text" not in result:
         return {}
     names = list(result["by_group"])
@@ -107,20 +109,19 @@ def draws(result: Mapping[str, Any], weights: Resampler) -> dict[str, np.ndarray
     for text, group, total, tokens in result["per_text"]["by_group"]:
         sums[text, group], counts[text, group] = total, tokens
     texts = (counts > 0).sum(0)  # [G + 1]
-    present = np.flatnonzero(texts[:-1])
-    if not len(present):
+    judged = [names.index(name) for name in _judged(result)]
+    if not judged:
         return {}
-    means = sums.sum(0) / np.maximum(counts.sum(0), 1)
-    worst, best = (int(pick(present, key=means.__getitem__)) for pick in (max, min))
+    fewest = int(texts[judged].min())
     sums, counts = np.split(weights.apply(np.concatenate([sums, counts], axis=1)), 2, axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0: no token of the group was drawn
         losses = sums / counts  # [R, G + 1]
     # fmax and fmin pass over what is not defined.
-    highest, lowest = (extreme.reduce(losses[:, present], axis=1) for extreme in (np.fmax, np.fmin))
+    highest, lowest = (extreme.reduce(losses[:, judged], axis=1) for extreme in (np.fmax, np.fmin))
     found = {
         "overall": (texts[-1], losses[:, -1]),
-        "worst": (texts[worst], highest),
-        "gap": (min(texts[worst], texts[best]), highest - lowest),
+        "worst": (fewest, highest),
+        "gap": (fewest if len(judged) > 1 else 0, highest - lowest),
         **{f"group.{name}": (texts[group], losses[:, group]) for group, name in enumerate(names)},
     }
     return {name: sample for name, (items, sample) in found.items() if weights.enough(items)}
@@ -201,13 +202,24 @@ def _stats(loss: float, count: float, hits: float) -> dict[str, float | int | No
     }
 
 
-def _worst(by_group: Mapping[str, Mapping[str, Any]], overall: Mapping[str, Any]) -> dict[str, Any]:
-    losses = {name: stats["loss"] for name, stats in by_group.items() if stats["loss"] is not None}
+def _judged(result: Mapping[str, Any]) -> list[str]:
+    """The groups among which the worst and the best are looked for: those that have enough texts for an interval, so that a handful of
+    sentences does not stand for all; where no group has so many, or nobody counted, those with any."""
+    present = [name for name, stats in result["by_group"].items() if stats["loss"] is not None]
+    if "per_text" not in result:
+        return present
+    names = list(result["by_group"])
+    texts = Counter(names[group] for _, group, _, _ in result["per_text"]["by_group"])
+    return [name for name in present if Resampler.enough(texts[name])] or present
+
+
+def _worst(result: Mapping[str, Any]) -> dict[str, Any]:
+    losses = {name: result["by_group"][name]["loss"] for name in _judged(result)}
     if not losses:
         return {"worst_group": None, "gap": {"worst_minus_best": None, "worst_minus_overall": None}}
     worst = max(losses, key=losses.__getitem__)
     gap = {
         "worst_minus_best": losses[worst] - min(losses.values()),
-        "worst_minus_overall": losses[worst] - overall["loss"],
+        "worst_minus_overall": losses[worst] - result["overall"]["loss"],
     }
     return {"worst_group": worst, "gap": gap}

@@ -40,7 +40,7 @@ RULE = (
     "distance from the ideal where the ideal is 0 or 50, leaves out zero, and slight if it is below "
     f"{SMALL_LOSS:.0%} of a loss or perplexity, {SMALL_SCORE:g} point of a score in per cent or {SMALL_EFFECT:g} of an effect "
     f"size; else there is {NO_CHANGE}. Scores of fewer than "
-    f"{bootstrap.FEWEST} test items get no interval and no verdict. Among many rows about one in twenty leaves out zero by "
+    f"{bootstrap.FEWEST} test items get no interval and no verdict, and groups of fewer texts are neither worst nor best. Among many rows about one in twenty leaves out zero by "
     "chance: rows were not corrected for their number."
 )
 
