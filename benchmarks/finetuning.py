@@ -160,8 +160,9 @@ class StepCase:
 class Encoded(torch.nn.Module):
     """In the place of an encoder: random hidden states, whatever the tokens are."""
 
-    def __init__(self, rows: int, length: int, width: int):
+    def __init__(self, config: Any, rows: int, length: int, width: int):
         super().__init__()
+        self.config = config
         self.states = torch.nn.Parameter(torch.randn(rows, length, width))  # [B, T, D]
         self.encoder = torch.nn.Module()
         self.encoder.layer = torch.nn.ModuleList([torch.nn.Identity()])  # where an adapter looks for layers
@@ -182,7 +183,7 @@ class HeadCase(StepCase):
 
     def inputs(self, device: str) -> StepInputs:
         inputs = super().inputs(device)
-        inputs.model.bert = Encoded(self.rows, self.length, self.width).to(device)
+        inputs.model.bert = Encoded(inputs.model.config, self.rows, self.length, self.width).to(device)
         return inputs
 
 

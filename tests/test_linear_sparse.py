@@ -178,7 +178,11 @@ def test_a_row_that_is_not_finite_but_weighs_nothing_does_not_count(
         for h in (hidden, poisoned)
     )
     for a, b in zip(clean, dirty, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-5)
+        # Where the processor multiplies 16-bit floats, whole blocks take operands rounded to them and tiles do not: then
+        # the difference is a rounding of what is summed, which may cancel in the sum.
+        largest = float(a.abs().max())
+        rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (0.02, 2**-8 * largest)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_filter_off_is_the_dense_path_to_the_bit(monkeypatch):
