@@ -86,7 +86,7 @@ def main(
     plain fine-tuning (erm) on your own text:
 
     \b
-    robustdebias demo                     # the whole tour, 15 minutes on 2 cores
+    robustdebias demo                     # the whole tour, minutes on 2 cores
     robustdebias groups my.txt            # which groups it has
     robustdebias finetune --corpus my.txt --out runs/dro
     robustdebias finetune --corpus my.txt --out runs/erm --objective erm

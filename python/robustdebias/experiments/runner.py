@@ -143,7 +143,7 @@ class Experiment:
         if (
             run.result.is_file()
             and not run.model.is_dir()
-            and read_json(run.metrics)["suite"] != suite.describe()
+            and (not run.metrics.is_file() or read_json(run.metrics)["suite"] != suite.describe())
         ):
             raise ValueError(
                 f"evaluation: it differs from that of {directory}, whose model was not kept and cannot be measured again; "
