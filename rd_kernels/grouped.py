@@ -6,6 +6,7 @@ What :mod:`rd_kernels.functional` and :mod:`rd_kernels.losses` share. Letters: N
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,10 +62,10 @@ def grouped_loss(
     check_same_device("logits", logits.device, labels=labels, groups=groups, group_weights=q)
     leading = logits.shape[:-1]
     flat_labels = canonical_labels(labels, leading)
-    flat_groups = canonical_groups(groups, leading, q.shape[0])
     rows = flat_rows(logits, "logits")
     check_inplace(inplace_backward, rows, "logits")
     name = select(backend, rows, q.shape[0])
+    flat_groups = canonical_groups(groups, leading, q.shape[0], partial(ops.pack_mask, backend=name))
     ranks = distributed.world_size(process_group)
     if ranks is None and objective.rule is not None:
         rule = (objective.rule, objective.rate, adjustment)
@@ -122,9 +123,9 @@ def linear_grouped_loss(
     num_classes = weight.shape[0]
     leading = hidden.shape[:-1]
     flat_labels = canonical_labels(labels, leading)
-    flat_groups = canonical_groups(groups, leading, q.shape[0])
     rows = hidden.reshape(-1, hidden.shape[-1])
     name = select(backend, rows, q.shape[0])
+    flat_groups = canonical_groups(groups, leading, q.shape[0], partial(ops.pack_mask, backend=name))
     on_gpu, fusable, preferred = linear_form(name, rows.dtype)
     if epsilon > 0 and not (fusable if on_gpu else device.type == "cpu"):
         raise ValueError(

@@ -23,7 +23,7 @@ from rd_kernels.gemm import leading_dimension
 __all__ = ["DecoderRows", "LinearRowsLoss", "RowsLoss", "raise_if_bad"]
 
 _library = torch.library.Library("rd_kernels", "DEF")
-_OBJECTIVE = "Tensor(a!) q, str objective, float step_size, Tensor? adjustment"
+_OBJECTIVE = "Tensor(a!) q, str rule, float rate, Tensor? adjustment"
 
 
 def _register(schema: str, implementation: Any, fake: Any) -> Any:
@@ -153,16 +153,16 @@ def _group_outputs_fake(logits, q):
     return loss, stats, status, logits.new_empty(logits.shape[0], dtype=_acc(logits))
 
 
-def _grouped_forward(logits, labels, groups, q, objective, step_size, adjustment, ignore_index, backend):
+def _grouped_forward(logits, labels, groups, q, rule, rate, adjustment, ignore_index, backend):
     loss, stats, status, scale, normaliser = get(backend).grouped_forward(
-        logits, labels, groups, q, objective, step_size, adjustment, ignore_index
+        logits, labels, groups, q, rule, rate, adjustment, ignore_index
     )
     if logits.device.type == "cpu":
         raise_if_bad(status, logits.shape[1], q.numel())
     return loss, stats, status, scale, normaliser
 
 
-def _grouped_forward_fake(logits, labels, groups, q, objective, step_size, adjustment, ignore_index, backend):
+def _grouped_forward_fake(logits, labels, groups, q, rule, rate, adjustment, ignore_index, backend):
     loss, stats, status, scale = _group_outputs_fake(logits, q)
     return loss, stats, status, scale, scale.new_empty((2, logits.shape[0]))
 
@@ -173,6 +173,17 @@ grouped_forward = _register(
     _grouped_forward,
     _grouped_forward_fake,
 )
+
+
+def _pack_mask(mask, backend):
+    return get(backend).pack_mask(mask)
+
+
+def _pack_mask_fake(mask, backend):
+    return mask.new_empty((mask.shape[0], -(-mask.shape[1] // 32)), dtype=torch.int32)
+
+
+pack_mask = _register("pack_mask(Tensor mask, str backend) -> Tensor", _pack_mask, _pack_mask_fake)
 
 
 def _group_reduce(row_loss, outcome, groups, num_classes, num_groups, backend):
@@ -194,16 +205,16 @@ group_reduce = _register(
 )
 
 
-def _group_update(stats, status, q, objective, step_size, adjustment, backend):
-    return get(backend).group_update(stats, status, q, objective, step_size, adjustment)
+def _group_update(stats, status, q, rule, rate, adjustment, backend):
+    return get(backend).group_update(stats, status, q, rule, rate, adjustment)
 
 
-def _group_update_fake(stats, status, q, objective, step_size, adjustment, backend):
+def _group_update_fake(stats, status, q, rule, rate, adjustment, backend):
     return stats.new_empty(()), stats.new_empty(q.shape)
 
 
 group_update = _register(
-    "group_update(Tensor(b!) stats, Tensor status, Tensor(a!) q, str objective, float step_size, "
+    "group_update(Tensor(b!) stats, Tensor status, Tensor(a!) q, str rule, float rate, "
     "Tensor? adjustment, str backend) -> (Tensor, Tensor)",
     _group_update,
     _group_update_fake,
@@ -336,9 +347,9 @@ linear_backward = _register(
 )
 
 
-def _reduce_and_update(row_loss, outcome, groups, q, objective, step_size, adjustment, num_classes, backend):
+def _reduce_and_update(row_loss, outcome, groups, q, rule, rate, adjustment, num_classes, backend):
     loss, stats, status, scale = get(backend).reduce_and_update(
-        row_loss, outcome, groups, q, objective, step_size, adjustment
+        row_loss, outcome, groups, q, rule, rate, adjustment
     )
     if row_loss.device.type == "cpu":
         raise_if_bad(status, num_classes, q.numel())
@@ -346,7 +357,7 @@ def _reduce_and_update(row_loss, outcome, groups, q, objective, step_size, adjus
 
 
 def _reduce_and_update_fake(
-    row_loss, outcome, groups, q, objective, step_size, adjustment, num_classes, backend
+    row_loss, outcome, groups, q, rule, rate, adjustment, num_classes, backend
 ):
     return _group_outputs_fake(row_loss, q)
 

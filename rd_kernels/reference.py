@@ -10,54 +10,14 @@ import torch
 from torch import Tensor
 
 from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS, Backend
+from rd_kernels.groups import membership
+from rd_kernels.rules import RULES
 
-__all__ = ["ReferenceBackend", "erm_update", "group_dro_update"]
+__all__ = ["ReferenceBackend"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def erm_update(counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Empirical risk: every row counts the same.
-
-    Args: counts [G] rows in each group; q [G] weights, ignored.
-    Returns: coefficients c [G] = 1 / sum(n); new q [G] (unchanged); the groups' weights n_g / sum(n) [G].
-    """
-    total = counts.sum()
-    coefficients = torch.where(total > 0, 1 / total, torch.zeros_like(total)).expand_as(counts)
-    return coefficients, q, coefficients * counts
-
-
-def group_dro_update(
-    sums: Tensor, counts: Tensor, q: Tensor, step_size: float, adjustment: Tensor | None, hold: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Online exponentiated gradient of Group DRO (Sagawa et al. 2020, Algorithm 1), in log space.
-
-    Args: sums, counts [G] loss sum and rows of each group; q [G] weights on the simplex; adjustment [G]
-    or None, added to the mean losses of the groups that are present; hold: what becomes of absent groups.
-    Returns: coefficients c [G] = q_g / n_g (0 for an absent group); new q [G]; the groups' weights (new q).
-    A group absent from the batch keeps its q up to normalisation, or, with ``hold``, keeps it: then the groups
-    present share what they had together. q is kept where no group is present or a mean loss is not finite, so
-    that one bad batch does not destroy the state. In float64, rounded once: step_size times a loss may exceed
-    what float32 holds.
-    """
-    given, (sums, counts, q) = q, (each.double() for each in (sums, counts, q))
-    present = counts > 0
-    means = sums / counts.clamp(min=1)
-    gain = means if adjustment is None else means + adjustment.double()
-    log_q = torch.log(q) + torch.where(present, step_size * gain, torch.zeros_like(gain))
-    usable = present.any() & torch.isfinite(means).all()
-    if hold:
-        shared = torch.where(present, q, torch.zeros_like(q)).sum()
-        usable = usable & (shared > 0)  # a share of nothing has no proportions
-        log_q = log_q.masked_fill(~present, -torch.inf)
-        updated = torch.where(present, shared * torch.softmax(log_q, dim=0), q)
-    else:
-        updated = torch.softmax(log_q, dim=0)
-    q = torch.where(usable, updated.to(given.dtype), given)
-    coefficients = torch.where(present, q / counts.clamp(min=1), 0).to(given.dtype)
-    return coefficients, q, q
 
 
 class ReferenceBackend(Backend):
@@ -69,7 +29,7 @@ class ReferenceBackend(Backend):
     def refuses(self, logits: Tensor) -> str | None:
         return None
 
-    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index):
+    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index, details=None):
         vocabulary = logits.shape[1]
         z = logits.to(accumulation_dtype(logits.dtype))
         ignored = labels == ignore_index
@@ -92,6 +52,12 @@ class ReferenceBackend(Backend):
         outcome[z_y >= maximum] = HIT
         outcome[ignored] = IGNORED
         outcome[bad] = BAD_LABEL
+        if details is not None:
+            centred = z - maximum[:, None]
+            p = (centred - log_sum[:, None]).exp()
+            entropy = log_sum - torch.where(p == 0, 0, p * centred).sum(dim=1)
+            above = (~(z <= z_y[:, None])).sum(dim=1)
+            details.copy_(_fill(torch.stack([entropy, above.to(entropy)]), ignored, bad))
         return _fill(row_loss, ignored, bad), _fill(torch.stack([maximum, log_sum]), ignored, bad), outcome
 
     def row_backward(
@@ -130,13 +96,10 @@ class ReferenceBackend(Backend):
 
     def group_reduce(self, row_loss, outcome, groups, num_groups):
         counted = (outcome == MISS) | (outcome == HIT)
-        if groups.dtype == torch.bool:
-            member = groups & counted[:, None]
-            bad_groups = torch.zeros_like(counted)
-        else:
-            member = (groups[:, None] == torch.arange(num_groups, device=groups.device)) & counted[:, None]
-            bad_groups = counted & ((groups < -1) | (groups >= num_groups))
-        ungrouped = counted & ~member.any(dim=1) & ~bad_groups
+        member, inside = membership(groups, num_groups)
+        bad_groups = counted & ~inside
+        member = member & counted[:, None]
+        ungrouped = counted & ~member.any(dim=1) & inside
         columns = torch.cat([member, ungrouped[:, None], counted[:, None]], dim=1)  # [N, G+2]
         values = torch.stack([row_loss, torch.ones_like(row_loss), (outcome == HIT).to(row_loss)])  # [3, N]
         # where, not a product: 0 * NaN would spread one row's NaN to every group.
@@ -144,14 +107,10 @@ class ReferenceBackend(Backend):
         stats = torch.cat([picked.sum(dim=1), row_loss.new_zeros(1, num_groups + 2)])
         return stats, torch.stack([(outcome == BAD_LABEL).sum(), bad_groups.sum()])
 
-    def group_update(self, stats, status, q, objective, step_size, adjustment):
+    def group_update(self, stats, status, q, rule, rate, adjustment):
         num_groups = q.numel()
         sums, counts, state = stats[0, :num_groups], stats[1, :num_groups], q.to(stats.dtype)
-        if objective == "erm":
-            coefficients, new_q, weights = erm_update(counts, state)
-        else:
-            hold = objective == "group_dro_hold"
-            coefficients, new_q, weights = group_dro_update(sums, counts, state, step_size, adjustment, hold)
+        coefficients, new_q, weights = RULES[rule](sums, counts, state, rate, adjustment)
         valid = (status == 0).all()
         coefficients = torch.where(valid, coefficients, torch.zeros_like(coefficients))
         stats[3, :num_groups] = torch.where(valid, weights, torch.zeros_like(weights))
@@ -163,14 +122,9 @@ class ReferenceBackend(Backend):
 
     def row_scale(self, coefficients, outcome, groups):
         counted = (outcome == MISS) | (outcome == HIT)
-        if groups.dtype == torch.bool:
-            scale = torch.where(groups, coefficients, 0).sum(
-                dim=1
-            )  # a product autocast would round to 16 bits
-        else:
-            inside = (groups >= 0) & (groups < coefficients.numel())
-            scale = torch.where(inside, coefficients[groups.where(inside, 0)], 0)
-        return torch.where(counted, scale, torch.zeros_like(scale))
+        member, _ = membership(groups, coefficients.numel())
+        # Not a product, which autocast would round to 16 bits.
+        return torch.where(member & counted[:, None], coefficients, 0).sum(dim=1)
 
 
 def _fill(values: Tensor, ignored: Tensor, bad: Tensor) -> Tensor:

@@ -34,7 +34,10 @@ inline Objective objective_named(const std::string& name) {
   if (name == "erm") return Objective::kErm;
   if (name == "group_dro") return Objective::kGroupDro;
   if (name == "group_dro_hold") return Objective::kGroupDroHold;
-  throw std::invalid_argument("objective must be 'erm', 'group_dro' or 'group_dro_hold', got '" + name + "'");
+  if (name == "tilted_rows") return Objective::kTiltedRows;
+  if (name == "tilted_groups") return Objective::kTiltedGroups;
+  if (name == "worst_group") return Objective::kWorstGroup;
+  throw std::invalid_argument("no rule named '" + name + "'");
 }
 
 // Each module has its own classes: neither needs the other.
@@ -52,9 +55,14 @@ inline void bind_arguments(pybind11::module_& m, bool has_float16) {
       .def(py::init([](Address address, int64_t stride) {
         return Normaliser{at<float>(address), at<float>(address) + stride};
       }));
+  // Both of its rows, [2, N], or an address of 0 for none.
+  py::class_<Details>(m, "Details", py::module_local()).def(py::init([](Address address, int64_t stride) {
+    return address == 0 ? Details{nullptr, nullptr}
+                        : Details{at<float>(address), at<float>(address) + stride};
+  }));
   py::class_<RowResults>(m, "RowResults", py::module_local())
-      .def(py::init([](Address loss, const Normaliser& normaliser, Address outcome) {
-        return RowResults{at<float>(loss), normaliser, at<uint8_t>(outcome)};
+      .def(py::init([](Address loss, const Normaliser& normaliser, Address outcome, const Details& details) {
+        return RowResults{at<float>(loss), normaliser, at<uint8_t>(outcome), details};
       }));
   py::class_<RowGradient>(m, "RowGradient", py::module_local())
       .def(py::init([](Address grad_out, int64_t grad_out_stride, Address row_scale,
@@ -64,15 +72,15 @@ inline void bind_arguments(pybind11::module_& m, bool has_float16) {
             out_stride,          stream};
       }));
   py::class_<Groups>(m, "Groups", py::module_local())
-      .def(py::init([](Address ids, Address mask, int64_t count) {
-        return Groups{at<int64_t>(ids), at<bool>(mask), count};
+      .def(py::init([](Address lists, Address bits, int64_t width, int64_t count) {
+        return Groups{at<int64_t>(lists), at<uint32_t>(bits), width, count};
       }));
   py::class_<Statistics>(m, "Statistics", py::module_local()).def(py::init([](Address stats, Address status) {
     return Statistics{at<float>(stats), at<int64_t>(status)};
   }));
   py::class_<Update>(m, "Update", py::module_local())
-      .def(py::init([](const std::string& objective, double step_size, Address adjustment, Address q) {
-        return Update{objective_named(objective), step_size, at<float>(adjustment), at<float>(q)};
+      .def(py::init([](const std::string& objective, double rate, Address adjustment, Address q) {
+        return Update{objective_named(objective), rate, at<float>(adjustment), at<float>(q)};
       }));
 }
 

@@ -38,11 +38,18 @@ struct Normaliser {
   float* log_sum;
 };
 
+// What a row pass tells of a row beside its loss, each [N]; null: not asked for.
+struct Details {
+  float* entropy;  // -sum_j p_j log p_j of the softmax, in nats
+  float* above;    // how many logits are not <= the label's
+};
+
 // Results of the row pass, each [N].
 struct RowResults {
   float* loss;
   Normaliser normaliser;
   uint8_t* outcome;
+  Details details;
 };
 
 // What the backward pass needs besides the rows. A null factor counts as 1.
@@ -56,19 +63,21 @@ struct RowGradient {
   bool stream;  // write past the cache: pays for a large `out` that has its pages already
 };
 
-// Groups of the rows: ids [N] (-1: in no group) or a mask [N, G]; the other is null.
+// Groups of the rows, `width` numbers a row; either `lists` or `bits` is null.
 struct Groups {
-  const int64_t* ids;
-  const bool* mask;
-  int64_t count;  // G
+  const int64_t* lists;  // [N, width] ids, -1: none; a group that a row names twice counts once
+  const uint32_t* bits;  // [N, width] with bit g % 32 of word g / 32 set where the row is in group g
+  int64_t width;         // of bits: G / 32, rounded up
+  int64_t count;         // G
 };
 
-// kGroupDroHold: groups absent from the batch keep their q, and the others share the rest.
-enum class Objective { kErm, kGroupDro, kGroupDroHold };
+// kGroupDroHold: groups absent from the batch keep their q, and the others share the rest. kTilted...: weights
+// proportional to exp(rate m_g), times n_g or not. kWorstGroup: the largest mean loss, ties sharing.
+enum class Objective { kErm, kGroupDro, kGroupDroHold, kTiltedRows, kTiltedGroups, kWorstGroup };
 
 struct Update {
   Objective objective;
-  double step_size;
+  double rate;              // step size or tilt
   const float* adjustment;  // [G], added to the mean losses of present groups; null: 0
   float* q;                 // [G], updated in place
 };

@@ -20,8 +20,9 @@ class Backend:
     """One way to run the op. All tensors are on one device.
 
     ``logits`` [N, V] have unit stride along V and any row stride (0 included); ``labels`` [N] are
-    contiguous int64; ``groups`` are contiguous, either int64 ids [N] (-1: in no group) or a bool mask
-    [N, G]. Every output element is written.
+    contiguous int64; ``groups`` are contiguous and say each row's groups in one of two forms: int64 ids [N] or lists
+    of them [N, K] (-1: none; a group that a row names twice counts once), or int32 words of bits [N, W], W = G / 32
+    rounded up, bit g % 32 of word g / 32 set where the row is in group g. Every output element is written.
     """
 
     name: str
@@ -46,12 +47,18 @@ class Backend:
         class_weight: Tensor | None,  # [V] acc
         label_smoothing: float,
         ignore_index: int,
+        details: Tensor | None = None,  # [2, N] acc, unit stride along N; written
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One read of the logits -> ``row_loss`` [N] acc, ``normaliser`` [2, N] acc, ``outcome`` [N] uint8.
 
         ``normaliser`` holds each row's largest logit m and log sum_j exp(z_j - m). Their sum, the log-sum-exp,
         would be rounded to the precision of m, and every probability with it. Ignored rows: loss 0,
         normaliser 0. A label outside [0, V): loss and normaliser NaN, outcome ``BAD_LABEL``.
+
+        ``details``, where wanted: the softmax's entropy -sum_j p_j log p_j in nats (p_j = 0 adds 0; NaN where the
+        normaliser is or is infinite), and how many logits are not <= the label's, NaN included: 0 for a HIT, and below
+        k where the label is among the top k. Neither depends on class weights or smoothing. 0 for ignored rows, NaN
+        for bad labels.
         """
         raise NotImplementedError
 
@@ -86,10 +93,12 @@ class Backend:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     def softmax_minus_onehot_(
-        self, logits: Tensor, labels: Tensor, ignore_index: int
+        self, logits: Tensor, labels: Tensor, ignore_index: int, details: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``row_forward``, and ``logits`` overwritten by softmax - onehot(label), zeros on rows not counted."""
-        row_loss, normaliser, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
+        row_loss, normaliser, outcome = self.row_forward(
+            logits, labels, None, 0.0, ignore_index, details
+        )
         self.row_backward(None, None, logits, labels, normaliser, None, 0.0, ignore_index, out=logits)
         return row_loss, normaliser, outcome
 
@@ -252,6 +261,15 @@ class Backend:
             logits = self.gather_rows(hidden, rows).to(acc) @ weight.to(acc).t()
             return logits if bias is None else logits.add_(bias.to(acc))
 
+    def pack_mask(self, mask: Tensor) -> Tensor:
+        """A bool mask [M, G], contiguous -> int32 words of bits [M, W], W = G / 32 rounded up, zeros beyond G."""
+        rows, num_groups = mask.shape
+        padded = mask.new_zeros((rows, -(-num_groups // 32) * 32))
+        padded[:, :num_groups] = mask
+        # The bytes, each 0 or 1, eight at a time: one product moves them to the top byte.
+        eights = padded.view(torch.int64)
+        return ((eights * 0x0102040810204080) >> 56).to(torch.uint8).view(torch.int32)
+
     def group_reduce(
         self, row_loss: Tensor, outcome: Tensor, groups: Tensor, num_groups: int
     ) -> tuple[Tensor, Tensor]:
@@ -268,9 +286,9 @@ class Backend:
         stats: Tensor,  # [4, G+2] acc, its row 3 is written
         status: Tensor,  # [2] int64
         q: Tensor,  # [G] float32, updated in place
-        objective: str,  # "erm", "group_dro" or "group_dro_hold"
-        step_size: float,
-        adjustment: Tensor | None,  # [G] float32
+        rule: str,  # one of rd_kernels.reference.RULES
+        rate: float,  # its step size or tilt
+        adjustment: Tensor | None,  # [G] float32; of Group DRO
     ) -> tuple[Tensor, Tensor]:
         """-> ``loss`` [] acc, ``coefficients`` [G] acc. A non-zero status: loss NaN, coefficients 0, q kept."""
         raise NotImplementedError
@@ -285,15 +303,15 @@ class Backend:
         labels: Tensor,
         groups: Tensor,
         q: Tensor,
-        objective: str,
-        step_size: float,
+        rule: str,
+        rate: float,
         adjustment: Tensor | None,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Steps 1-3 -> ``loss`` [], ``stats``, ``status``, ``row_scale`` [N], ``normaliser`` [2, N]."""
         row_loss, normaliser, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index)
         loss, stats, status, scale = self.reduce_and_update(
-            row_loss, outcome, groups, q, objective, step_size, adjustment
+            row_loss, outcome, groups, q, rule, rate, adjustment
         )
         return loss, stats, status, scale, normaliser
 
@@ -303,13 +321,13 @@ class Backend:
         outcome: Tensor,
         groups: Tensor,
         q: Tensor,
-        objective: str,
-        step_size: float,
+        rule: str,
+        rate: float,
         adjustment: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Steps 2 and 3 on finished row losses -> ``loss``, ``stats``, ``status``, ``row_scale``."""
         stats, status = self.group_reduce(row_loss, outcome, groups, q.numel())
-        loss, coefficients = self.group_update(stats, status, q, objective, step_size, adjustment)
+        loss, coefficients = self.group_update(stats, status, q, rule, rate, adjustment)
         return loss, stats, status, self.row_scale(coefficients, outcome, groups)
 
 

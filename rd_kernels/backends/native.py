@@ -43,13 +43,18 @@ class NativeBackend(Backend):
             ignore_index,
         )
 
-    def _row_results(self, rows: int, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
-        """-> row_loss [N], normaliser [2, N] and outcome [N], unwritten, and their addresses."""
+    def _row_results(
+        self, rows: int, device: torch.device, details: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
+        """-> row_loss [N], normaliser [2, N] and outcome [N], unwritten, and their addresses with those of details."""
         row_loss = torch.empty(rows, dtype=torch.float32, device=device)
         normaliser = torch.empty((2, rows), dtype=torch.float32, device=device)
         outcome = torch.empty(rows, dtype=torch.uint8, device=device)
         addresses = self._native.RowResults(
-            row_loss.data_ptr(), self._normaliser(normaliser), outcome.data_ptr()
+            row_loss.data_ptr(),
+            self._normaliser(normaliser),
+            outcome.data_ptr(),
+            self._native.Details(address(details), 0 if details is None else details.stride(0)),
         )
         return (row_loss, normaliser, outcome), addresses
 
@@ -81,10 +86,9 @@ class NativeBackend(Backend):
         return stats, status, self._native.Statistics(stats.data_ptr(), status.data_ptr())
 
     def _groups(self, groups: Tensor, num_groups: int) -> Any:
-        is_mask = groups.dtype == torch.bool
-        return self._native.Groups(
-            0 if is_mask else groups.data_ptr(), groups.data_ptr() if is_mask else 0, num_groups
-        )
+        width = 1 if groups.dim() == 1 else groups.shape[1]
+        lists, bits = (0, groups.data_ptr()) if groups.dtype == torch.int32 else (groups.data_ptr(), 0)
+        return self._native.Groups(lists, bits, width, num_groups)
 
-    def _update(self, objective: str, step_size: float, adjustment: Tensor | None, q: Tensor) -> Any:
-        return self._native.Update(objective, step_size, address(adjustment), q.data_ptr())
+    def _update(self, objective: str, rate: float, adjustment: Tensor | None, q: Tensor) -> Any:
+        return self._native.Update(objective, rate, address(adjustment), q.data_ptr())
