@@ -67,10 +67,9 @@ def canonical_groups(
         return _flat_int64(groups)
     if per_sequence and groups.dim() == 1:
         return _flat_int64(groups.reshape(leading[0], *ones).expand(leading))
-    if groups.dim() == len(leading) + 1 and given[-1] > 0:
-        if given[:-1] == leading or (per_sequence and list(given[1:-1]) == ones):
-            lists = groups.expand(*leading, given[-1]).reshape(rows, given[-1])
-            return lists.to(torch.int64).contiguous()
+    of_rows = given[:-1] == leading or (per_sequence and list(given[1:-1]) == ones)
+    if groups.dim() == len(leading) + 1 and given[-1] > 0 and of_rows:
+        return groups.expand(*leading, given[-1]).reshape(rows, given[-1]).to(torch.int64).contiguous()
     allowed = [list(leading)] + ([[leading[0]]] if deep else []) + [[*leading, "K"]]
     allowed += [[leading[0], *ones, "K"]] if deep else []
     raise ValueError(

@@ -356,9 +356,7 @@ def _reduce_and_update(row_loss, outcome, groups, q, rule, rate, adjustment, num
     return loss, stats, status, scale
 
 
-def _reduce_and_update_fake(
-    row_loss, outcome, groups, q, rule, rate, adjustment, num_classes, backend
-):
+def _reduce_and_update_fake(row_loss, outcome, groups, q, rule, rate, adjustment, num_classes, backend):
     return _group_outputs_fake(row_loss, q)
 
 

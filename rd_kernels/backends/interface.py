@@ -96,9 +96,7 @@ class Backend:
         self, logits: Tensor, labels: Tensor, ignore_index: int, details: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``row_forward``, and ``logits`` overwritten by softmax - onehot(label), zeros on rows not counted."""
-        row_loss, normaliser, outcome = self.row_forward(
-            logits, labels, None, 0.0, ignore_index, details
-        )
+        row_loss, normaliser, outcome = self.row_forward(logits, labels, None, 0.0, ignore_index, details)
         self.row_backward(None, None, logits, labels, normaliser, None, 0.0, ignore_index, out=logits)
         return row_loss, normaliser, outcome
 
