@@ -221,13 +221,16 @@ RD_INLINE void exponentials(Chunk& y) {
   exponentials_within(y);
 }
 
-// NaN is never larger: it is passed over here and shows in the sum of exponentials.
-template <class Element>
-float maximum(const Element* z, int64_t count, float start) {
+// NaN is never larger: it is passed over here and shows in the sum of exponentials. With details, logits that
+// are not <= the label's are counted on the way, where there is more time than in that sum.
+template <bool kDetails, class Element>
+float maximum(const Element* z, int64_t count, float start, float z_label, int64_t& above) {
+  Ints not_below = {};
   Chunk largest;
   for (Floats& v : largest.v) v = all(start);
   const auto take = [&](const Chunk& chunk) __attribute__((always_inline)) {
     for (int k = 0; k < kVectors; ++k) largest.v[k] = larger(chunk.v[k], largest.v[k]);
+    for (int k = 0; k < kVectors; ++k) not_below -= kDetails ? ~(chunk.v[k] <= z_label) : Ints{};
   };
   int64_t j = 0;
   for (; j + kChunk <= count; j += kChunk) take(load_chunk(z + j));
@@ -235,6 +238,7 @@ float maximum(const Element* z, int64_t count, float start) {
   for (const Floats& v : largest.v) {
     for (int lane = 0; lane < kLanes; ++lane) start = v[lane] > start ? v[lane] : start;
   }
+  for (int lane = 0; lane < kLanes; ++lane) above += not_below[lane];
   return start;
 }
 
@@ -249,12 +253,11 @@ float sum_of(const Chunk& chunk) {
 // terms would be lost beside the 1 of the largest logit, and with them the whole loss of a row that is nearly
 // certain; where the block holds that logit (kSeparate) each 1 is counted apart.
 template <bool kSeparate, bool kDetails, class Element>
-void add_exponentials(const Element* z, int64_t count, float shift, float z_label, Scan& total) {
+void add_exponentials(const Element* z, int64_t count, float shift, Scan& total) {
   Chunk sums = {}, distances = {};  // with details the distances are weighted by their exponentials
-  Ints ones = {}, above = {};
+  Ints ones = {};
   const auto add = [&](Chunk x) __attribute__((always_inline)) {
     Ints is_one[kVectors];
-    for (int k = 0; k < kVectors; ++k) above -= kDetails ? ~(x.v[k] <= all(z_label)) : Ints{};
     for (Floats& v : x.v) v = shift - v;
     for (int k = 0; k < kVectors; ++k) is_one[k] = x.v[k] == 0.0f;
     if (!kDetails) {
@@ -283,10 +286,7 @@ void add_exponentials(const Element* z, int64_t count, float shift, float z_labe
   const float distance = sum_of(distances);
   total.spread += distance;
   total.sum += distance != distance ? kNaN : static_cast<double>(sum_of(sums));
-  for (int lane = 0; lane < kLanes; ++lane) {
-    total.sum += ones[lane];
-    total.above += above[lane];
-  }
+  for (int lane = 0; lane < kLanes; ++lane) total.sum += ones[lane];
 }
 
 template <bool kDetails, class Element>
@@ -296,7 +296,7 @@ Scan scan(const void* logits, int64_t count, float z_label) {
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t size = smaller(kBlock, count - start);
     const float before = result.largest;
-    result.largest = maximum(z + start, size, before);
+    result.largest = maximum<kDetails>(z + start, size, before, z_label, result.above);
     // Subtracting the maximum of a block that is all -inf would make NaN of it.
     const float shift = result.largest == -kInfinity ? 0.0f : result.largest;
     if (result.largest > before) {
@@ -309,9 +309,9 @@ Scan scan(const void* logits, int64_t count, float z_label) {
         result.spread = rise < kLargestExponent ? rescale.v[0][0] * (result.spread + rise * result.sum) : 0;
       }
       result.sum *= rescale.v[0][0];
-      add_exponentials<true, kDetails>(z + start, size, shift, z_label, result);
+      add_exponentials<true, kDetails>(z + start, size, shift, result);
     } else {
-      add_exponentials<false, kDetails>(z + start, size, shift, z_label, result);
+      add_exponentials<false, kDetails>(z + start, size, shift, result);
     }
   }
   return result;
