@@ -253,7 +253,12 @@ def test_rules_are_those_of_the_reference(rule):
             expected = ReferenceBackend().group_update(
                 exact, torch.zeros(2, dtype=torch.int64), exact_q, rule, rate, adjustment
             )
-            for value, other in ((loss, expected[0]), (coefficients, expected[1]), (q, exact_q), (stats, exact)):
+            for value, other in (
+                (loss, expected[0]),
+                (coefficients, expected[1]),
+                (q, exact_q),
+                (stats, exact),
+            ):
                 torch.testing.assert_close(value.double(), other, rtol=3e-7, atol=1e-12)
 
 

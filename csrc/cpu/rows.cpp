@@ -21,9 +21,10 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // results must not depend on the number of threads.
 constexpr int64_t kSegment = 1 << 14;
 
-// Logits more than 87 below the largest have a probability of 0 here. Each adds no more than this, 87
-// exp(-87), to a scan's spread: where all of it may come from them the entropy is exactly 0.
-constexpr double kSpreadOfZero = 1.5e-36;
+// Logits more than 87 below the largest have a probability of 0 here. Each adds at most 87 exp(-87)
+// = 1.43e-36 to a scan's spread, as do up to 63 of -inf that fill up its last vectors. Where no more than
+// that may be from others, which is this for every logit, the entropy is exactly 0.
+constexpr double kSpreadOfZero = 64 * 1.5e-36;
 
 // What finishing a row costs besides its segments, in logits.
 constexpr int64_t kRowCost = 128;
