@@ -91,6 +91,7 @@ class Given(NamedTuple):
     """Weights that are known already, in place of an objective's; 0 while they are not."""
 
     coefficients: Tensor | None = None  # [G]
+    reported: Tensor | None = None  # [G+2], row 3 of stats
     weights: Tensor | None = None  # [U], of an objective over rows
 
 
@@ -166,6 +167,8 @@ def reduce_rows(
             loss, coefficients = update(stats, status, state, settings, backend)
         else:
             loss, coefficients = _with_coefficients(stats, status, given.coefficients)
+            if given.reported is not None:
+                stats[3] = given.reported
         scale = ops.row_scale(coefficients, unit_outcome, keys.groups, backend)
     if share is not None and keys.sequence is not None:
         scale = ops.row_scale(scale * share, outcome, keys.sequence, backend)
