@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rd_kernels import distributed, ops
+from rd_kernels import distributed, ops, vocabulary
 from rd_kernels.backends.registry import linear_form, select
 from rd_kernels.gemm import leading_dimension
 from rd_kernels.groups import canonical_groups, canonical_labels, check_same_device
@@ -54,6 +54,9 @@ def grouped_loss(
     backend: str,
 ) -> Grouped:
     """The logits op with its statistics; arguments as in :func:`rd_kernels.functional.group_dro_cross_entropy`."""
+    part = vocabulary.part_of_logits(
+        logits, inplace_backward, labels=labels, groups=groups, group_weights=q
+    )
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0:
@@ -62,6 +65,9 @@ def grouped_loss(
     check_same_device("logits", logits.device, labels=labels, groups=groups, group_weights=q)
     leading = logits.shape[:-1]
     flat_labels = canonical_labels(labels, leading)
+    if part is not None:
+        rule = (q, objective, adjustment, ignore_index, process_group, backend)
+        return Grouped(*vocabulary.logits_loss(part, logits, flat_labels, groups, *rule))
     rows = flat_rows(logits, "logits")
     check_inplace(inplace_backward, rows, "logits")
     name = select(backend, rows, q.shape[0])
@@ -113,6 +119,10 @@ def linear_grouped_loss(
     """The linear op with its statistics; arguments as in :func:`rd_kernels.functional.linear_group_dro_cross_entropy`."""
     device = hidden.device
     epsilon = check_filter_eps(filter_eps)
+    refused = {"memory_budget": memory_budget, "filter_eps": epsilon, "capacity": capacity}
+    part = vocabulary.part_of_decoder(
+        hidden, weight, bias, refused, labels=labels, groups=groups, group_weights=q
+    )
     _check_group_weights(q)
     check_same_device(
         "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, group_weights=q
@@ -123,6 +133,9 @@ def linear_grouped_loss(
     num_classes = weight.shape[0]
     leading = hidden.shape[:-1]
     flat_labels = canonical_labels(labels, leading)
+    if part is not None:
+        rule = (q, objective, adjustment, ignore_index, process_group, backend)
+        return Grouped(*vocabulary.linear_loss(part, hidden, weight, bias, flat_labels, groups, *rule))
     rows = hidden.reshape(-1, hidden.shape[-1])
     name = select(backend, rows, q.shape[0])
     flat_groups = canonical_groups(groups, leading, q.shape[0], partial(ops.pack_mask, backend=name))
