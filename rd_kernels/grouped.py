@@ -54,9 +54,7 @@ def grouped_loss(
     backend: str,
 ) -> Grouped:
     """The logits op with its statistics; arguments as in :func:`rd_kernels.functional.group_dro_cross_entropy`."""
-    part = vocabulary.part_of_logits(
-        logits, inplace_backward, labels=labels, groups=groups, group_weights=q
-    )
+    part = vocabulary.part_of_logits(logits, inplace_backward, labels=labels, groups=groups, group_weights=q)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0:
@@ -67,7 +65,7 @@ def grouped_loss(
     flat_labels = canonical_labels(labels, leading)
     if part is not None:
         rule = (q, objective, adjustment, ignore_index, process_group, backend)
-        return Grouped(*vocabulary.logits_loss(part, logits, flat_labels, groups, *rule))
+        return Grouped(*vocabulary.grouped_loss(part, logits, None, flat_labels, groups, *rule))
     rows = flat_rows(logits, "logits")
     check_inplace(inplace_backward, rows, "logits")
     name = select(backend, rows, q.shape[0])
@@ -135,7 +133,7 @@ def linear_grouped_loss(
     flat_labels = canonical_labels(labels, leading)
     if part is not None:
         rule = (q, objective, adjustment, ignore_index, process_group, backend)
-        return Grouped(*vocabulary.linear_loss(part, hidden, weight, bias, flat_labels, groups, *rule))
+        return Grouped(*vocabulary.grouped_loss(part, hidden, (weight, bias), flat_labels, groups, *rule))
     rows = hidden.reshape(-1, hidden.shape[-1])
     name = select(backend, rows, q.shape[0])
     flat_groups = canonical_groups(groups, leading, q.shape[0], partial(ops.pack_mask, backend=name))

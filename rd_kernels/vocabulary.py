@@ -5,13 +5,14 @@ know of their own columns: with the largest logit m_k and l_k = log sum exp(z - 
 
     m = max_k m_k,   S = sum_k exp((m_k - m) + l_k),   row loss = log S + (m - z_y),
 
-in two messages a forward and none in the backward of the logits. All ranks of the mesh have the same labels and
-groups, so they compute the same statistics and the same group weights.
+in two messages a forward, and one for hidden's gradient. All ranks of the mesh compute the same statistics and the same
+group weights.
 
-How it is called is what torch's ``loss_parallel`` does: DTensors carry the mesh. Logits are ``Shard(-1)`` on a 1-D mesh,
-or the linear op's hidden states ``Replicate()``, weight and bias ``Shard(0)``; labels and groups are plain tensors,
-labels with their place in the whole vocabulary. Where the mesh is all ranks, ``process_group`` stays None; else it is
-the data-parallel group, whose ranks have other batches. Any other DTensor raises. Under torch.compile ...
+It is called as torch's ``loss_parallel`` is: DTensors carry the mesh. ``logits`` are ``Shard(-1)`` on a 1-D mesh; or
+``hidden`` is ``Replicate()`` on it, ``weight`` and ``bias`` ``Shard(0)``, and hidden's gradient comes as ``Partial()``,
+which DTensor adds up where it is needed. ``labels``, with their place in the whole vocabulary, and ``groups`` are plain
+tensors, the same on all ranks of the mesh. Where the mesh is all ranks, ``process_group`` is None; else it is the
+data-parallel group. What this does not serve raises; nothing is redistributed silently. torch.compile takes it all.
 
 Letters: N rows, V vocabulary, Vk this rank's part of it, D hidden, G groups.
 """
@@ -30,7 +31,7 @@ from rd_kernels.backends.registry import select
 from rd_kernels.groups import canonical_groups
 from rd_kernels.objectives import Objective
 
-__all__ = ["Part", "linear_loss", "logits_loss", "part_of_decoder", "part_of_logits"]
+__all__ = ["Part", "grouped_loss", "part_of_decoder", "part_of_logits"]
 
 _NO_LABEL = -100  # in labels as the kernels get them: places in a part are not negative
 
@@ -45,55 +46,61 @@ class Part(NamedTuple):
 
 
 def part_of_logits(logits: Tensor, inplace_backward: bool, **plain: Tensor) -> Part | None:
-    """None if all tensors are plain ones. Raises TypeError or ValueError, naming it, for a DTensor not served."""
-    if not _any_sharded(logits, *plain.values()):
+    """None if all are plain tensors. Raises TypeError or ValueError that names it for a DTensor not served."""
+    if not _any_dtensor(logits, *plain.values()):
         return None
     _refuse_dtensors(**plain)
     if inplace_backward:
         raise ValueError(
-            "inplace_backward is not served for logits that are a DTensor: autograd could not see that their memory "
+            "inplace_backward is not served for logits that are a DTensor: autograd would not see that their memory "
             "was overwritten"
         )
     from torch.distributed.tensor import Shard
 
-    return _part("logits", logits, Shard(logits.dim() - 1), f"Shard({logits.dim() - 1})")
+    return _part("logits", logits, Shard(logits.dim() - 1))
 
 
 def part_of_decoder(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any], **plain: Tensor
 ) -> Part | None:
-    """As ``part_of_logits``. ``options``: what a sharded decoder does not serve, by name; None or 0 where not wanted."""
-    if not _any_sharded(hidden, weight, bias, *plain.values()):
+    """As ``part_of_logits``. ``options``: what a sharded decoder does not serve, None or 0 where not asked for."""
+    if not _any_dtensor(hidden, weight, bias, *plain.values()):
         return None
     _refuse_dtensors(**plain)
     from torch.distributed.tensor import Replicate, Shard
 
-    if not _any_sharded(hidden):
+    decoder = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    if not _any_dtensor(hidden):
+        sharded = " and ".join(name for name, tensor in decoder.items() if _any_dtensor(tensor))
         raise TypeError(
-            "hidden is a plain tensor, but weight or bias is a DTensor: does each rank have its own hidden states "
-            "(FSDP), or all the same (tensor parallelism)? For FSDP call the loss in the wrapped module's forward, "
-            "where parameters are whole, or pass weight.full_tensor(); for tensor parallelism pass hidden as a DTensor "
-            "Replicate() on weight's mesh"
+            f"hidden is a plain tensor, but {sharded} is a DTensor, and whether all ranks have the same hidden states is "
+            "not known. Sharded by FSDP: call the loss in the forward of the wrapped module, where parameters are whole, "
+            "or pass weight.full_tensor(). Tensor parallelism: pass hidden as a DTensor Replicate() on weight's mesh"
         )
-    for argument, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not _any_sharded(tensor):
+    for name, tensor in decoder.items():
+        if not _any_dtensor(tensor):
             raise TypeError(
-                f"{argument} is a plain tensor, but hidden is a DTensor: pass {argument} as a DTensor Shard(0) on hidden's "
-                "mesh, or hidden.to_local() with the whole decoder"
+                f"{name} is a plain tensor, but hidden is a DTensor: pass {name} as a DTensor Shard(0) on hidden's mesh, "
+                "or the whole decoder and hidden.to_local()"
             )
-    part = _part("weight", weight, Shard(0), "Shard(0)")
-    _part("hidden", hidden, Replicate(), "Replicate()", part.mesh)
-    if bias is not None:
-        _part("bias", bias, Shard(0), "Shard(0)", part.mesh)
+    parts = [_part(name, tensor, Shard(0)) for name, tensor in decoder.items()]
+    for name, mesh in (("hidden", _part("hidden", hidden, Replicate()).mesh), ("bias", parts[-1].mesh)):
+        if mesh != parts[0].mesh:
+            raise ValueError(
+                f"{name} is on {mesh}, but weight is on {parts[0].mesh}: they must be on one mesh"
+            )
     for option, value in options.items():
         if value:
-            raise ValueError(f"{option} is not served where weight is sharded over the vocabulary, got {value!r}")
-    return part
+            raise ValueError(
+                f"{option} is not served where weight is sharded over the vocabulary, got {value!r}"
+            )
+    return parts[0]
 
 
-def logits_loss(
+def grouped_loss(
     part: Part,
-    logits: Tensor,  # DTensor [..., V]
+    x: Any,  # DTensor: logits [..., V], or hidden [..., D] of autocast's dtype where there is a decoder
+    decoder: tuple[Tensor, Tensor | None] | None,  # DTensors: weight [V, D], bias [V]
     labels: Tensor,  # [N]
     groups: Tensor,  # as a user gives them
     q: Tensor,  # [G] float32, updated in place
@@ -103,72 +110,32 @@ def logits_loss(
     process_group: Any,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The logits op -> the first fields of ``grouped.Grouped``."""
-    rows = _local("logits", logits, part.width, -1).reshape(labels.numel(), part.width).contiguous()
-    name = select(backend, rows, q.shape[0])
-    groups = canonical_groups(groups, logits.shape[:-1], q.shape[0], partial(ops.pack_mask, backend=name))
-    rule = (q, objective, adjustment, ignore_index, process_group, name)
-    return _loss(part, rows, labels, groups, *rule, overwrite=False)
-
-
-def linear_loss(
-    part: Part,
-    hidden: Tensor,  # DTensor [..., D], of autocast's dtype
-    weight: Tensor,  # DTensor [V, D]
-    bias: Tensor | None,  # DTensor [V]
-    labels: Tensor,  # [N]
-    groups: Tensor,  # as a user gives them
-    q: Tensor,  # [G] float32, updated in place
-    objective: Objective,
-    adjustment: Tensor | None,  # [G]
-    ignore_index: int,
-    process_group: Any,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The linear op with 3 GEMMs: its logits are kept until the backward, which writes their gradient over them.
-
-    hidden's gradient is that of this rank's columns: a DTensor ``Partial()``, which DTensor adds up where it is needed.
-    """
+    """Both ops -> the first fields of ``grouped.Grouped``. With a decoder there are 3 GEMMs: its logits are kept until
+    the backward, which writes their gradient over them."""
     from torch.distributed.tensor import Partial
 
-    rows = hidden.to_local(grad_placements=[Partial()]).reshape(labels.numel(), hidden.shape[-1])  # type: ignore[attr-defined]
-    weight = _local("weight", weight, part.width, 0).to(rows.dtype)
-    bias = None if bias is None else _local("bias", bias, part.width, 0).to(rows.dtype)
-    name = select(backend, rows, q.shape[0])
-    groups = canonical_groups(groups, hidden.shape[:-1], q.shape[0], partial(ops.pack_mask, backend=name))
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        labelled = (labels != ignore_index).nonzero()[:, 0]  # values may decide about shapes here
-        rows, labels, groups = (tensor.index_select(0, labelled) for tensor in (rows, labels, groups))
-    with torch.autocast(rows.device.type, enabled=False):
-        logits = torch.nn.functional.linear(rows, weight, bias)
-    rule = (q, objective, adjustment, ignore_index, process_group, name)
-    return _loss(part, logits, labels, groups, *rule, overwrite=True)
-
-
-def _loss(
-    part: Part,
-    rows: Tensor,  # [N, Vk]
-    labels: Tensor,  # [N]
-    groups: Tensor,  # canonical
-    q: Tensor,  # [G]
-    objective: Objective,
-    adjustment: Tensor | None,  # [G]
-    ignore_index: int,
-    process_group: Any,
-    backend: str,
-    overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor, int]:
     ranks = _data_parallel_ranks(process_group, part.mesh)
+    rows = _own("logits", x, part, -1) if decoder is None else x.to_local(grad_placements=[Partial()])
+    rows = rows.reshape(labels.numel(), rows.shape[-1]).contiguous()
+    name = select(backend, rows, q.shape[0])
+    groups = canonical_groups(groups, x.shape[:-1], q.shape[0], partial(ops.pack_mask, backend=name))
+    if decoder is not None:
+        weight, bias = (None if t is None else _own("weight", t, part, 0).to(rows.dtype) for t in decoder)
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            labelled = (labels != ignore_index).nonzero()[:, 0]  # values may decide about shapes here
+            rows, labels, groups = (tensor.index_select(0, labelled) for tensor in (rows, labels, groups))
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = torch.nn.functional.linear(rows, weight, bias)
     ignored = labels == ignore_index
     counted = ~ignored & (labels >= 0) & (labels < part.total)
     here = counted & (labels >= part.start) & (labels < part.start + part.width)
     # The kernels want a label in every row that counts. Where it is elsewhere: 0, which the backward corrects.
     places = torch.where(here, labels - part.start, torch.where(counted, 0, _NO_LABEL))
-    row_loss, normaliser, outcome = _row_forward(part, rows.detach(), places, ignored, counted, here, backend)
+    row_loss, normaliser, outcome = _row_forward(part, rows.detach(), places, ignored, counted, here, name)
     loss, stats, status, scale = distributed.reduce_and_update(
-        row_loss, outcome, groups, q, objective, adjustment, part.total, process_group, ranks, backend
+        row_loss, outcome, groups, q, objective, adjustment, part.total, process_group, ranks, name
     )
-    loss = _PartLoss.apply(rows, loss, scale, places, counted & ~here, normaliser, backend, overwrite)
+    loss = _PartLoss.apply(rows, loss, scale, places, counted & ~here, normaliser, name, decoder is not None)
     return loss, stats, status, part.total
 
 
@@ -184,9 +151,7 @@ def _row_forward(
     """What ``Backend.row_forward`` returns, of the whole rows: the same on all ranks."""
     if part.width == 0:
         rows = rows.new_full((rows.shape[0], 1), -torch.inf)
-    _, (own_largest, own_log_sum), own_outcome = ops.row_forward(
-        rows, places, None, 0.0, _NO_LABEL, backend
-    )
+    _, (own_largest, own_log_sum), own_outcome = ops.row_forward(rows, places, None, 0.0, _NO_LABEL, backend)
     group = part.mesh.get_group()
     largest = own_largest.clone()
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
@@ -240,7 +205,7 @@ class _PartLoss(torch.autograd.Function):
         first = scale * ((rows[:, 0].to(scale.dtype) - normaliser[0]) - normaliser[1]).exp()
         first = torch.where(scale == 0, 0, first).to(rows.dtype)
         arguments = (grad_out, row_scale, rows, places, normaliser, None, 0.0, _NO_LABEL, ctx.backend)
-        if ctx.overwrite:
+        if ctx.overwrite and not torch.compiler.is_compiling():
             ops.row_backward_(*arguments)
             torch.autograd.graph.increment_version(rows)
             gradient = rows.detach()
@@ -250,7 +215,7 @@ class _PartLoss(torch.autograd.Function):
         return (gradient, *[None] * 7)
 
 
-def _any_sharded(*tensors: Tensor | None) -> bool:
+def _any_dtensor(*tensors: Tensor | None) -> bool:
     unusual = [tensor for tensor in tensors if type(tensor) not in (Tensor, torch.nn.Parameter, type(None))]
     if not unusual or not torch.distributed.is_available():
         return False
@@ -260,41 +225,39 @@ def _any_sharded(*tensors: Tensor | None) -> bool:
 
 
 def _refuse_dtensors(**tensors: Any) -> None:
-    for argument, tensor in tensors.items():
-        if _any_sharded(tensor):
+    for name, tensor in tensors.items():
+        if _any_dtensor(tensor):
             raise TypeError(
-                f"{argument} must be a plain tensor, the same on all ranks of the mesh, got a DTensor with placements "
-                f"{tensor.placements}: pass {argument}.full_tensor()"
+                f"{name} must be a plain tensor, the same on all ranks of the mesh, got a DTensor with placements "
+                f"{tensor.placements}: pass {name}.full_tensor()"
             )
 
 
-def _part(argument: str, tensor: Any, placement: Any, allowed: str, mesh: Any = None) -> Part:
-    """What this rank has of ``tensor``, with the vocabulary along the dimension of a ``Shard``. ValueError for another
-    placement, another mesh than ``mesh``, or a rank outside of it."""
-    given = tensor.device_mesh
-    if given.ndim != 1 or tuple(tensor.placements) != (placement,):
+def _part(name: str, tensor: Any, placement: Any) -> Part:
+    """This rank's part, where the vocabulary is what a ``Shard`` cuts. ValueError for another placement or mesh."""
+    mesh = tensor.device_mesh
+    if mesh.ndim != 1 or tuple(tensor.placements) != (placement,):
         raise ValueError(
-            f"{argument} is a DTensor with placements {tensor.placements} on a mesh of shape {tuple(given.shape)}; "
-            f"allowed is {allowed} on a mesh of one dimension: redistribute it, or pass a plain tensor"
+            f"{name} is a DTensor with placements {tensor.placements} on a mesh of shape {tuple(mesh.shape)}; allowed is "
+            f"({placement!r},) on a mesh of one dimension: redistribute it, or pass a plain tensor"
         )
-    if mesh is not None and given != mesh:
-        raise ValueError(f"{argument} is on {given}, but weight is on {mesh}: they must be the same mesh")
-    if given.get_coordinate() is None:
-        raise ValueError(f"{argument} is on {given}, of which rank {torch.distributed.get_rank()} is no part")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{name} is on {mesh}, of which rank {torch.distributed.get_rank()} is no part")
     total = tensor.shape[placement.dim] if placement.is_shard() else 0
-    largest = -(-total // given.size())  # as torch.chunk cuts
-    start = min(largest * given.get_local_rank(), total)
-    return Part(given, start, min(largest, total - start), total)
+    most = -(-total // mesh.size())  # as torch.chunk cuts
+    start = min(most * mesh.get_local_rank(), total)
+    return Part(mesh, start, min(most, total - start), total)
 
 
-def _local(argument: str, tensor: Any, width: int, dim: int) -> Tensor:
-    local = tensor.to_local()
-    if local.shape[dim] != width:
+def _own(name: str, tensor: Any, part: Part, dim: int) -> Tensor:
+    """What this rank has. ValueError if that is not its part: a DTensor made of unequal pieces."""
+    own = tensor.to_local()
+    if own.shape[dim] != part.width:
         raise ValueError(
-            f"{argument} has {local.shape[dim]} entries of the vocabulary on this rank, but a DTensor of shape "
-            f"{list(tensor.shape)} has {width} there: make it with distribute_tensor"
+            f"{name} of shape {list(tensor.shape)} has {own.shape[dim]} entries of the vocabulary on this rank, where "
+            f"distribute_tensor puts {part.width}"
         )
-    return local
+    return own
 
 
 def _data_parallel_ranks(process_group: Any, mesh: Any) -> int | None:
