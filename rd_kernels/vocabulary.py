@@ -19,7 +19,7 @@ Letters: N rows, V vocabulary, Vk this rank's part of it, D hidden, G groups.
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,7 @@ from torch import Tensor
 
 from rd_kernels import distributed, ops
 from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS
-from rd_kernels.backends.registry import select
-from rd_kernels.groups import canonical_groups
-from rd_kernels.objectives import Objective
+from rd_kernels.reduction import Given, Keys, Reduced, Settings, State, reduce_rows
 
 __all__ = ["Part", "grouped_loss", "part_of_decoder", "part_of_logits"]
 
@@ -45,28 +43,30 @@ class Part(NamedTuple):
     total: int
 
 
-def part_of_logits(logits: Tensor, inplace_backward: bool, **plain: Tensor) -> Part | None:
-    """None if all are plain tensors. Raises TypeError or ValueError that names it for a DTensor not served."""
+def part_of_logits(
+    logits: Tensor, inplace_backward: bool, settings: Settings, **plain: Tensor | None
+) -> Part | None:
+    """None if all are plain tensors. Raises TypeError or ValueError that names it for what is not served."""
     if not _any_dtensor(logits, *plain.values()):
         return None
-    _refuse_dtensors(**plain)
-    if inplace_backward:
-        raise ValueError(
-            "inplace_backward is not served for logits that are a DTensor: autograd would not see that their memory "
-            "was overwritten"
-        )
+    _refuse({"inplace_backward": inplace_backward}, settings, plain)
     from torch.distributed.tensor import Shard
 
     return _part("logits", logits, Shard(logits.dim() - 1))
 
 
 def part_of_decoder(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any], **plain: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: Settings,
+    options: dict[str, Any],
+    **plain: Tensor | None,
 ) -> Part | None:
     """As ``part_of_logits``. ``options``: what a sharded decoder does not serve, None or 0 where not asked for."""
     if not _any_dtensor(hidden, weight, bias, *plain.values()):
         return None
-    _refuse_dtensors(**plain)
+    _refuse(options, settings, plain)
     from torch.distributed.tensor import Replicate, Shard
 
     decoder = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -89,54 +89,48 @@ def part_of_decoder(
             raise ValueError(
                 f"{name} is on {mesh}, but weight is on {parts[0].mesh}: they must be on one mesh"
             )
-    for option, value in options.items():
-        if value:
-            raise ValueError(
-                f"{option} is not served where weight is sharded over the vocabulary, got {value!r}"
-            )
     return parts[0]
 
 
 def grouped_loss(
     part: Part,
-    x: Any,  # DTensor: logits [..., V], or hidden [..., D] of autocast's dtype where there is a decoder
-    decoder: tuple[Tensor, Tensor | None] | None,  # DTensors: weight [V, D], bias [V]
+    x: Any,  # DTensor: logits [N, V]; with a decoder hidden [N, D], of autocast's dtype
+    decoder: tuple[Any, Any] | None,  # DTensors: weight [V, D] and bias, [V] or None
     labels: Tensor,  # [N]
-    groups: Tensor,  # as a user gives them
-    q: Tensor,  # [G] float32, updated in place
-    objective: Objective,
-    adjustment: Tensor | None,  # [G]
-    ignore_index: int,
-    process_group: Any,
+    keys: Keys,
+    state: State,
+    settings: Settings,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Both ops -> the first fields of ``grouped.Grouped``. With a decoder there are 3 GEMMs: its logits are kept until
-    the backward, which writes their gradient over them."""
+    given: Given | None,
+) -> tuple[Tensor, Reduced]:
+    """Both ops. With a decoder: 3 GEMMs, and its logits are kept until the backward writes their gradient over them."""
     from torch.distributed.tensor import Partial
 
-    ranks = _data_parallel_ranks(process_group, part.mesh)
-    rows = _own("logits", x, part, -1) if decoder is None else x.to_local(grad_placements=[Partial()])
-    rows = rows.reshape(labels.numel(), rows.shape[-1]).contiguous()
-    name = select(backend, rows, q.shape[0])
-    groups = canonical_groups(groups, x.shape[:-1], q.shape[0], partial(ops.pack_mask, backend=name))
-    if decoder is not None:
-        weight, bias = (None if t is None else _own("weight", t, part, 0).to(rows.dtype) for t in decoder)
+    settings = replace(settings, process_group=_data_parallel(settings.process_group, part.mesh))
+    if decoder is None:
+        rows = _own("logits", x, part, 1).contiguous()
+    else:
+        rows = x.to_local(grad_placements=[Partial()])
+        weight = _own("weight", decoder[0], part, 0).to(rows.dtype)
+        bias = None if decoder[1] is None else _own("bias", decoder[1], part, 0).to(rows.dtype)
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            labelled = (labels != ignore_index).nonzero()[:, 0]  # values may decide about shapes here
-            rows, labels, groups = (tensor.index_select(0, labelled) for tensor in (rows, labels, groups))
+            labelled = (labels != settings.ignore_index).nonzero()[
+                :, 0
+            ]  # values may decide about shapes here
+            rows, labels = rows.index_select(0, labelled), labels.index_select(0, labelled)
+            keys = keys.of_rows(labelled)
         with torch.autocast(rows.device.type, enabled=False):
             rows = torch.nn.functional.linear(rows, weight, bias)
-    ignored = labels == ignore_index
+    ignored = labels == settings.ignore_index
     counted = ~ignored & (labels >= 0) & (labels < part.total)
     here = counted & (labels >= part.start) & (labels < part.start + part.width)
     # The kernels want a label in every row that counts. Where it is elsewhere: 0, which the backward corrects.
     places = torch.where(here, labels - part.start, torch.where(counted, 0, _NO_LABEL))
-    row_loss, normaliser, outcome = _row_forward(part, rows.detach(), places, ignored, counted, here, name)
-    loss, stats, status, scale = distributed.reduce_and_update(
-        row_loss, outcome, groups, q, objective, adjustment, part.total, process_group, ranks, name
-    )
-    loss = _PartLoss.apply(rows, loss, scale, places, counted & ~here, normaliser, name, decoder is not None)
-    return loss, stats, status, part.total
+    row_loss, normaliser, outcome = _row_forward(part, rows.detach(), places, ignored, counted, here, backend)
+    no_details = row_loss.new_empty((2, 0))
+    reduced = reduce_rows(row_loss, outcome, no_details, keys, part.total, state, settings, backend, given)
+    saved = (reduced.row_scale, places, counted & ~here, normaliser)
+    return _PartLoss.apply(rows, reduced.loss, *saved, backend, decoder is not None), reduced
 
 
 def _row_forward(
@@ -151,7 +145,9 @@ def _row_forward(
     """What ``Backend.row_forward`` returns, of the whole rows: the same on all ranks."""
     if part.width == 0:
         rows = rows.new_full((rows.shape[0], 1), -torch.inf)
-    _, (own_largest, own_log_sum), own_outcome = ops.row_forward(rows, places, None, 0.0, _NO_LABEL, backend)
+    _, (own_largest, own_log_sum), own_outcome, _ = ops.row_forward(
+        rows, places, None, 0.0, _NO_LABEL, backend
+    )
     group = part.mesh.get_group()
     largest = own_largest.clone()
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
@@ -224,13 +220,17 @@ def _any_dtensor(*tensors: Tensor | None) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in unusual)
 
 
-def _refuse_dtensors(**tensors: Any) -> None:
-    for name, tensor in tensors.items():
+def _refuse(options: dict[str, Any], settings: Settings, plain: dict[str, Any]) -> None:
+    for name, tensor in plain.items():
         if _any_dtensor(tensor):
             raise TypeError(
                 f"{name} must be a plain tensor, the same on all ranks of the mesh, got a DTensor with placements "
                 f"{tensor.placements}: pass {name}.full_tensor()"
             )
+    # Autograd would not see that a DTensor's memory was overwritten; the others need logits that are whole.
+    for name, value in {**options, "entropy": settings.entropy, "top_k": settings.top_k}.items():
+        if value:
+            raise ValueError(f"{name} is not served where the vocabulary is sharded, got {value!r}")
 
 
 def _part(name: str, tensor: Any, placement: Any) -> Part:
@@ -260,15 +260,15 @@ def _own(name: str, tensor: Any, part: Part, dim: int) -> Tensor:
     return own
 
 
-def _data_parallel_ranks(process_group: Any, mesh: Any) -> int | None:
-    """The ranks with other batches. None for one batch, which is right where the mesh is all ranks."""
+def _data_parallel(process_group: Any, mesh: Any) -> Any:
+    """The group whose ranks have other batches; ValueError if it has ranks of the mesh in it."""
     if process_group is None and mesh.size() == torch.distributed.get_world_size():
-        return None
-    ranks = distributed.world_size(process_group)
+        return distributed.SAME_BATCH
+    distributed.world_size(process_group)
     same_batch = set(torch.distributed.get_process_group_ranks(mesh.get_group()))
     if len(same_batch.intersection(torch.distributed.get_process_group_ranks(process_group))) > 1:
         raise ValueError(
             f"process_group must hold ranks with different batches (data parallelism), but it has several of the ranks "
             f"{sorted(same_batch)} of the mesh, which share one batch. Where the mesh is all ranks, leave it None"
         )
-    return ranks
+    return process_group
