@@ -84,7 +84,7 @@ def membership(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     if groups.dtype == torch.int32:
         member = (groups[:, group // 32] >> (group % 32).to(torch.int32)) & 1 == 1
         return member, torch.ones(groups.shape[0], dtype=torch.bool, device=groups.device)
-    lists = groups.reshape(groups.shape[0], -1)
+    lists = groups.reshape(groups.shape[0], groups.shape[1:].numel())
     member = torch.zeros((groups.shape[0], num_groups), dtype=torch.bool, device=groups.device)
     for ids in lists.unbind(1):
         member = member | (ids[:, None] == group)
