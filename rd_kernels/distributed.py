@@ -20,8 +20,6 @@ def world_size(process_group: Any) -> int | None:
     """
     if process_group is SAME_BATCH:
         return None
-    if process_group is SAME_BATCH:
-        return None
     if process_group is not None:
         return torch.distributed.get_world_size(process_group)
     if (

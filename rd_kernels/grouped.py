@@ -6,7 +6,7 @@ What :mod:`rd_kernels.functional` and :mod:`rd_kernels.losses` share. Letters: N
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,10 +51,8 @@ def grouped_loss(
     given: Given | None = None,
 ) -> Grouped:
     """The logits op with its statistics; arguments as in :func:`rd_kernels.functional.group_dro_cross_entropy`."""
-    part = vocabulary.part_of_logits(
-        logits, inplace_backward, settings, labels=labels, groups=groups, reference_losses=reference_losses,
-        group_weights=state.q, memory=state.memory,
-    )  # fmt: skip
+    refused = {"inplace_backward": inplace_backward}
+    part = _part({"logits": logits}, labels, groups, reference_losses, state, settings, refused)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0:
@@ -109,10 +107,9 @@ def linear_grouped_loss(
     """The linear op with its statistics; arguments as in :func:`rd_kernels.functional.linear_group_dro_cross_entropy`."""
     device = hidden.device
     epsilon = check_filter_eps(filter_eps)
-    part = vocabulary.part_of_decoder(
-        hidden, weight, bias, settings, {"memory_budget": memory_budget, "filter_eps": epsilon, "capacity": capacity},
-        labels=labels, groups=groups, reference_losses=reference_losses, group_weights=state.q, memory=state.memory,
-    )  # fmt: skip
+    refused = {"memory_budget": memory_budget, "filter_eps": epsilon, "capacity": capacity}
+    decoder = {"hidden": hidden, "weight": weight, "bias": bias}
+    part = _part(decoder, labels, groups, reference_losses, state, settings, refused)
     _check_state(state, settings)
     check_same_device(
         "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, reference_losses=reference_losses,
@@ -127,9 +124,9 @@ def linear_grouped_loss(
     name = select(backend, rows, state.q.shape[0])
     keys = _keys(groups, reference_losses, labels, state, settings, name)
     if part is not None:
-        decoder = (weight, bias)
-        result = vocabulary.grouped_loss(part, rows, decoder, flat_labels, keys, state, settings, name, given)
-        return Grouped(*result, part.total)
+        both = (weight, bias)
+        result = vocabulary.grouped_loss(part, rows, both, flat_labels, keys, state, settings, name, given)
+        return Grouped(*result, num_classes)
     on_gpu, fusable, preferred = linear_form(name, rows.dtype)
     if epsilon > 0 and not (fusable if on_gpu else device.type == "cpu"):
         raise ValueError(
@@ -192,6 +189,22 @@ def linear_grouped_loss(
         *layout,
     )
     return Grouped(loss, reduced, num_classes, None if index is None else places)
+
+
+def _part(
+    sharded: dict[str, Tensor | None],
+    labels: Tensor,
+    groups: Tensor | None,
+    reference_losses: Tensor | None,
+    state: State,
+    settings: Settings,
+    refused: dict[str, Any],
+) -> vocabulary.Part | None:
+    """This rank's part of the vocabulary; None where it is not sharded."""
+    plain = {"labels": labels, "groups": groups, "reference_losses": reference_losses}
+    plain |= {"group_weights": state.q, "memory": state.memory}
+    refused |= {"entropy": settings.entropy, "top_k": settings.top_k}
+    return vocabulary.part_of(sharded, plain, refused)
 
 
 def _keys(

@@ -29,7 +29,7 @@ from rd_kernels import distributed, ops
 from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS
 from rd_kernels.reduction import Given, Keys, Reduced, Settings, State, reduce_rows
 
-__all__ = ["Part", "grouped_loss", "part_of_decoder", "part_of_logits"]
+__all__ = ["Part", "grouped_loss", "part_of"]
 
 _NO_LABEL = -100  # in labels as the kernels get them: places in a part are not negative
 
@@ -43,53 +43,30 @@ class Part(NamedTuple):
     total: int
 
 
-def part_of_logits(
-    logits: Tensor, inplace_backward: bool, settings: Settings, **plain: Tensor | None
-) -> Part | None:
-    """None if all are plain tensors. Raises TypeError or ValueError that names it for what is not served."""
-    if not _any_dtensor(logits, *plain.values()):
+def part_of(sharded: dict[str, Tensor | None], plain: dict[str, Any], options: dict[str, Any]) -> Part | None:
+    """None if no tensor is a DTensor; this rank's part of the vocabulary if all are as said above.
+
+    ``sharded``: logits, or hidden, weight and bias; ``plain``: what must be the same on all ranks of the mesh;
+    ``options``: what is not served here, None, False or 0 where not asked for; all by the names of the arguments.
+    Raises TypeError or ValueError, naming the argument, for anything else.
+    """
+    if not _any_dtensor(*sharded.values(), *plain.values()):
         return None
-    _refuse({"inplace_backward": inplace_backward}, settings, plain)
-    from torch.distributed.tensor import Shard
-
-    return _part("logits", logits, Shard(logits.dim() - 1))
-
-
-def part_of_decoder(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    settings: Settings,
-    options: dict[str, Any],
-    **plain: Tensor | None,
-) -> Part | None:
-    """As ``part_of_logits``. ``options``: what a sharded decoder does not serve, None or 0 where not asked for."""
-    if not _any_dtensor(hidden, weight, bias, *plain.values()):
-        return None
-    _refuse(options, settings, plain)
-    from torch.distributed.tensor import Replicate, Shard
-
-    decoder = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    if not _any_dtensor(hidden):
-        sharded = " and ".join(name for name, tensor in decoder.items() if _any_dtensor(tensor))
-        raise TypeError(
-            f"hidden is a plain tensor, but {sharded} is a DTensor, and whether all ranks have the same hidden states is "
-            "not known. Sharded by FSDP: call the loss in the forward of the wrapped module, where parameters are whole, "
-            "or pass weight.full_tensor(). Tensor parallelism: pass hidden as a DTensor Replicate() on weight's mesh"
-        )
-    for name, tensor in decoder.items():
-        if not _any_dtensor(tensor):
+    for name, tensor in plain.items():
+        if _any_dtensor(tensor):
             raise TypeError(
-                f"{name} is a plain tensor, but hidden is a DTensor: pass {name} as a DTensor Shard(0) on hidden's mesh, "
-                "or the whole decoder and hidden.to_local()"
+                f"{name} must be a plain tensor, the same on all ranks of the mesh, got a DTensor with placements "
+                f"{tensor.placements}: pass {name}.full_tensor()"
             )
-    parts = [_part(name, tensor, Shard(0)) for name, tensor in decoder.items()]
-    for name, mesh in (("hidden", _part("hidden", hidden, Replicate()).mesh), ("bias", parts[-1].mesh)):
-        if mesh != parts[0].mesh:
-            raise ValueError(
-                f"{name} is on {mesh}, but weight is on {parts[0].mesh}: they must be on one mesh"
-            )
-    return parts[0]
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name} is not served where the vocabulary is sharded, got {value!r}")
+    parts = {name: _part(name, tensor) for name, tensor in sharded.items() if tensor is not None}
+    part = parts["logits" if "logits" in parts else "weight"]
+    for name, other in parts.items():
+        if other.mesh != part.mesh:
+            raise ValueError(f"{name} is on {other.mesh}, but weight is on {part.mesh}: it must be one mesh")
+    return part
 
 
 def grouped_loss(
@@ -114,9 +91,7 @@ def grouped_loss(
         weight = _own("weight", decoder[0], part, 0).to(rows.dtype)
         bias = None if decoder[1] is None else _own("bias", decoder[1], part, 0).to(rows.dtype)
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            labelled = (labels != settings.ignore_index).nonzero()[
-                :, 0
-            ]  # values may decide about shapes here
+            labelled = (labels != settings.ignore_index).nonzero()[:, 0]  # here shapes may depend on values
             rows, labels = rows.index_select(0, labelled), labels.index_select(0, labelled)
             keys = keys.of_rows(labelled)
         with torch.autocast(rows.device.type, enabled=False):
@@ -220,21 +195,17 @@ def _any_dtensor(*tensors: Tensor | None) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in unusual)
 
 
-def _refuse(options: dict[str, Any], settings: Settings, plain: dict[str, Any]) -> None:
-    for name, tensor in plain.items():
-        if _any_dtensor(tensor):
-            raise TypeError(
-                f"{name} must be a plain tensor, the same on all ranks of the mesh, got a DTensor with placements "
-                f"{tensor.placements}: pass {name}.full_tensor()"
-            )
-    # Autograd would not see that a DTensor's memory was overwritten; the others need logits that are whole.
-    for name, value in {**options, "entropy": settings.entropy, "top_k": settings.top_k}.items():
-        if value:
-            raise ValueError(f"{name} is not served where the vocabulary is sharded, got {value!r}")
+def _part(name: str, tensor: Any) -> Part:
+    """This rank's part of the dimension that is sharded."""
+    from torch.distributed.tensor import Replicate, Shard
 
-
-def _part(name: str, tensor: Any, placement: Any) -> Part:
-    """This rank's part, where the vocabulary is what a ``Shard`` cuts. ValueError for another placement or mesh."""
+    placement: Any = {"logits": Shard(tensor.dim() - 1), "hidden": Replicate()}.get(name, Shard(0))
+    if not _any_dtensor(tensor):
+        raise TypeError(
+            f"{name} is a plain tensor beside others that are DTensors; allowed is a DTensor {placement!r} on their mesh, "
+            "or plain tensors throughout. A decoder that is sharded by FSDP is whole in the forward of its module, and "
+            "weight.full_tensor() makes it so; for tensor parallelism hidden is a DTensor Replicate()"
+        )
     mesh = tensor.device_mesh
     if mesh.ndim != 1 or tuple(tensor.placements) != (placement,):
         raise ValueError(
