@@ -12,7 +12,8 @@ It is called as torch's ``loss_parallel`` is: DTensors carry the mesh. ``logits`
 ``hidden`` is ``Replicate()`` on it, ``weight`` and ``bias`` ``Shard(0)``, and hidden's gradient comes as ``Partial()``,
 which DTensor adds up where it is needed. ``labels``, with their place in the whole vocabulary, and ``groups`` are plain
 tensors, the same on all ranks of the mesh. Where the mesh is all ranks, ``process_group`` is None; else it is the
-data-parallel group. What this does not serve raises; nothing is redistributed silently. torch.compile takes it all.
+data-parallel group. What this does not serve raises; nothing is redistributed silently. torch.compile makes one graph of
+it, ``fullgraph=True`` included; otherwise the linear op's backward runs once, and a second one raises.
 
 Letters: N rows, V vocabulary, Vk this rank's part of it, D hidden, G groups.
 """
