@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["add_up", "join", "world_size"]
+__all__ = ["SAME_BATCH", "add_up", "join", "world_size"]
+
+#: In place of a process group: all ranks have the same batch, so there is nothing to exchange.
+SAME_BATCH = "same batch"
 
 
 def world_size(process_group: Any) -> int | None:
@@ -15,6 +18,8 @@ def world_size(process_group: Any) -> int | None:
 
     Raises RuntimeError for several ranks without a process group: each would drift to group weights of its own.
     """
+    if process_group is SAME_BATCH:
+        return None
     if process_group is not None:
         return torch.distributed.get_world_size(process_group)
     if (

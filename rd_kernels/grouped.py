@@ -6,12 +6,12 @@ What :mod:`rd_kernels.functional` and :mod:`rd_kernels.losses` share. Letters: N
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rd_kernels import distributed, ops
+from rd_kernels import distributed, ops, vocabulary
 from rd_kernels.backends.registry import linear_form, select
 from rd_kernels.gemm import leading_dimension
 from rd_kernels.groups import canonical_groups, canonical_labels, check_same_device
@@ -51,6 +51,8 @@ def grouped_loss(
     given: Given | None = None,
 ) -> Grouped:
     """The logits op with its statistics; arguments as in :func:`rd_kernels.functional.group_dro_cross_entropy`."""
+    refused = {"inplace_backward": inplace_backward}
+    part = _part({"logits": logits}, labels, groups, reference_losses, state, settings, refused)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0:
@@ -66,6 +68,9 @@ def grouped_loss(
     check_inplace(inplace_backward, rows, "logits")
     name = select(backend, rows, state.q.shape[0])
     keys = _keys(groups, reference_losses, labels, state, settings, name)
+    if part is not None:
+        result = vocabulary.grouped_loss(part, rows, None, flat_labels, keys, state, settings, name, given)
+        return Grouped(*result, part.total)
     if given is None and settings.plain and distributed.world_size(settings.process_group) is None:
         rule = (settings.objective.rule, settings.objective.rate, state.adjustment)
         loss, stats, status, scale, normaliser = ops.grouped_forward(
@@ -102,6 +107,9 @@ def linear_grouped_loss(
     """The linear op with its statistics; arguments as in :func:`rd_kernels.functional.linear_group_dro_cross_entropy`."""
     device = hidden.device
     epsilon = check_filter_eps(filter_eps)
+    refused = {"memory_budget": memory_budget, "filter_eps": epsilon, "capacity": capacity}
+    decoder = {"hidden": hidden, "weight": weight, "bias": bias}
+    part = _part(decoder, labels, groups, reference_losses, state, settings, refused)
     _check_state(state, settings)
     check_same_device(
         "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, reference_losses=reference_losses,
@@ -115,6 +123,10 @@ def linear_grouped_loss(
     rows = hidden.reshape(-1, hidden.shape[-1])
     name = select(backend, rows, state.q.shape[0])
     keys = _keys(groups, reference_losses, labels, state, settings, name)
+    if part is not None:
+        both = (weight, bias)
+        result = vocabulary.grouped_loss(part, rows, both, flat_labels, keys, state, settings, name, given)
+        return Grouped(*result, num_classes)
     on_gpu, fusable, preferred = linear_form(name, rows.dtype)
     if epsilon > 0 and not (fusable if on_gpu else device.type == "cpu"):
         raise ValueError(
@@ -177,6 +189,22 @@ def linear_grouped_loss(
         *layout,
     )
     return Grouped(loss, reduced, num_classes, None if index is None else places)
+
+
+def _part(
+    sharded: dict[str, Tensor | None],
+    labels: Tensor,
+    groups: Tensor | None,
+    reference_losses: Tensor | None,
+    state: State,
+    settings: Settings,
+    refused: dict[str, Any],
+) -> vocabulary.Part | None:
+    """This rank's part of the vocabulary; None where it is not sharded."""
+    plain = {"labels": labels, "groups": groups, "reference_losses": reference_losses}
+    plain |= {"group_weights": state.q, "memory": state.memory}
+    refused |= {"entropy": settings.entropy, "top_k": settings.top_k}
+    return vocabulary.part_of(sharded, plain, refused)
 
 
 def _keys(
