@@ -202,7 +202,7 @@ def row_forward(
 def grouped_forward(
     logits,  # [N, V] float32, bfloat16 or float16
     labels,  # [N] int64
-    groups,  # [N] int64 ids or [N, G] bool mask
+    groups,  # [N, width]
     q,  # [G] acc, updated
     adjustment,  # [G] acc or None
     row_loss,  # out [N] acc
@@ -221,9 +221,10 @@ def grouped_forward(
     ignore_index,
     chunk_rows,
     G,
-    step_size: tl.float64,
-    OBJECTIVE: tl.constexpr,
-    IS_MASK: tl.constexpr,
+    width,
+    rate: tl.float64,
+    RULE: tl.constexpr,
+    BITS: tl.constexpr,
     LANES: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -239,7 +240,7 @@ def grouped_forward(
     )  # fmt: skip
     finish_groups(
         row, row_loss, outcome, groups, q, adjustment, partials, bad, counters, stats, status, loss, coefficients,
-        chunk_rows, tl.num_programs(0), G, step_size, OBJECTIVE, IS_MASK, ROWS, CHUNKS, COLUMNS, BLOCK,
+        chunk_rows, tl.num_programs(0), G, width, rate, RULE, BITS, ROWS, CHUNKS, COLUMNS, BLOCK,
     )  # fmt: skip
 
 
