@@ -68,15 +68,15 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
             return "CPU tensors are served under Triton's interpreter only: TRITON_INTERPRET=1 before Python starts"
         return None
 
-    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index):
+    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index, details=None):
         rows, vocabulary = logits.shape
         row_loss, normaliser, outcome = _row_results(rows, logits.device)
         smoothing, weight_sum = _smoothing_arguments(class_weight, label_smoothing)
         self._launch(
             "row_forward",
             (rows,),
-            (logits, labels, class_weight, weight_sum, row_loss, normaliser, outcome),
-            (logits.stride(0), normaliser.stride(0), vocabulary, ignore_index, smoothing),
+            (logits, labels, class_weight, weight_sum, row_loss, normaliser, outcome, details),
+            (logits.stride(0), normaliser.stride(0), _stride(details), vocabulary, ignore_index, smoothing),
             **self._row_options("row_forward", logits),
         )
         return row_loss, normaliser, outcome
@@ -109,17 +109,17 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
         )
         return out
 
-    def softmax_minus_onehot_(self, logits, labels, ignore_index):
+    def softmax_minus_onehot_(self, logits, labels, ignore_index, details=None):
         rows, vocabulary = logits.shape
         config = self._config("softmax_minus_onehot", logits)
         if config is None:  # a row is too long for a program's registers
-            return super().softmax_minus_onehot_(logits, labels, ignore_index)
+            return super().softmax_minus_onehot_(logits, labels, ignore_index, details)
         row_loss, normaliser, outcome = _row_results(rows, logits.device)
         self._launch(
             "softmax_minus_onehot",
             (rows,),
-            (logits, labels, row_loss, normaliser, outcome),
-            (logits.stride(0), normaliser.stride(0), vocabulary, ignore_index),
+            (logits, labels, row_loss, normaliser, outcome, details),
+            (logits.stride(0), normaliser.stride(0), _stride(details), vocabulary, ignore_index),
             **_options(config),
         )
         return row_loss, normaliser, outcome
@@ -233,6 +233,10 @@ def _row_results(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
         torch.empty((2, rows), dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.uint8, device=device),
     )
+
+
+def _stride(details: Tensor | None) -> int:
+    return 0 if details is None else details.stride(0)
 
 
 def _group_results(num_groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

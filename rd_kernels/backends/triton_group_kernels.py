@@ -157,6 +157,7 @@ def finish_groups(
     chunk_rows,
     N,
     G,
+    width,
     rate,  # float64
     RULE: tl.constexpr,
     BITS: tl.constexpr,
