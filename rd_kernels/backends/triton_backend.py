@@ -155,7 +155,7 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
         rows, num_groups = mask.shape
         packed = torch.empty((rows, _ceil_div(num_groups, 32)), dtype=torch.int32, device=mask.device)
         scalars = (packed.numel(), num_groups, packed.shape[1])
-        self._launch("pack_mask", (_ceil_div(packed.numel(), 128),), (mask, packed), scalars, WORDS=128)
+        self._launch("pack_mask", (_ceil_div(packed.numel(), 32),), (mask, packed), scalars, WORDS=32)
         return packed
 
     def group_reduce(self, row_loss, outcome, groups, num_groups):
