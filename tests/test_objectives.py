@@ -93,6 +93,8 @@ def test_cvar_solves_its_linear_program(groups, alpha, kind):
         b_eq=[1],
         bounds=[(0, share / alpha) for share in shares],
         method="highs",
+        # Its own 1e-7 calls losses that differ by less the same.
+        options={"dual_feasibility_tolerance": 1e-10, "primal_feasibility_tolerance": 1e-10},
     )
     assert weights @ means == pytest.approx(-solved.fun, abs=1e-8)
 
@@ -182,7 +184,7 @@ def test_kl_attains_the_dual_bound(groups, rho, kind):
     weights = weights_of(rd.KL(rho, kind), counts, means)
     assert weights.sum() == pytest.approx(1, abs=1e-14)
     assert (weights >= 0).all()
-    assert divergence_of(weights, shares) <= rho * (1 + 1e-9) + 1e-15
+    assert divergence_of(weights, shares) <= rho * (1 + 1e-9)
     there = shares > 0
 
     def bound(log_t):
@@ -203,7 +205,7 @@ def test_kl_reaches_its_radius(rho, scale, over):
     losses = np.random.default_rng(1).gamma(2, size=100)
     losses[:2] = losses.max() * np.array([2, 2 + 1e-9])
     weights = weights_of(rd.KL(rho, over=over), np.ones(100), scale * losses)
-    assert divergence_of(weights, np.full(100, 0.01)) == pytest.approx(rho, rel=1e-9)
+    assert divergence_of(weights, np.full(100, 0.01)) == pytest.approx(rho, rel=1e-7)
 
 
 @settings(deadline=None, max_examples=100)
