@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -583,3 +584,19 @@ def test_the_floor_may_be_all_there_is():
     assert hash(objective) == hash(replace(objective))
     q = objective.update(batch_of([1.0] * 3, [1.0, 5.0, 9.0]), *start(objective, 3)).q
     np.testing.assert_allclose(q, [1 / 3] * 3)
+
+
+def test_the_objective_that_the_documentation_writes():
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    code = text.split("## One of your own")[1].split("```python\n")[1].split("```")[0]
+    names = {"dataclass": dataclass, "rd": rd, "torch": torch, "__name__": __name__}
+    exec(code, names)
+    counts, means = [3.0, 0.0, 5.0, 2.0], [1.0, 0.0, 4.0, 2.5]
+    assert weights_of(names["Worst"](2), counts, means).tolist() == [0, 0, 0.5, 0.5]
+    assert weights_of(names["Worst"](4), counts, means).tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
+
+
+def test_the_documentation_has_every_objective():
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    for objective in STATELESS + STATEFUL:
+        assert f"| `{type(objective).__name__}(" in text
