@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,8 @@ def test_cvar_solves_its_linear_program(groups, alpha, kind):
         b_eq=[1],
         bounds=[(0, share / alpha) for share in shares],
         method="highs",
+        # Its own 1e-7 calls losses that differ by less the same.
+        options={"dual_feasibility_tolerance": 1e-10, "primal_feasibility_tolerance": 1e-10},
     )
     assert weights @ means == pytest.approx(-solved.fun, abs=1e-8)
 
@@ -182,7 +185,7 @@ def test_kl_attains_the_dual_bound(groups, rho, kind):
     weights = weights_of(rd.KL(rho, kind), counts, means)
     assert weights.sum() == pytest.approx(1, abs=1e-14)
     assert (weights >= 0).all()
-    assert divergence_of(weights, shares) <= rho * (1 + 1e-9) + 1e-15
+    assert divergence_of(weights, shares) <= rho * (1 + 1e-9)
     there = shares > 0
 
     def bound(log_t):
@@ -203,7 +206,7 @@ def test_kl_reaches_its_radius(rho, scale, over):
     losses = np.random.default_rng(1).gamma(2, size=100)
     losses[:2] = losses.max() * np.array([2, 2 + 1e-9])
     weights = weights_of(rd.KL(rho, over=over), np.ones(100), scale * losses)
-    assert divergence_of(weights, np.full(100, 0.01)) == pytest.approx(rho, rel=1e-9)
+    assert divergence_of(weights, np.full(100, 0.01)) == pytest.approx(rho, rel=1e-7)
 
 
 @settings(deadline=None, max_examples=100)
@@ -581,3 +584,19 @@ def test_the_floor_may_be_all_there_is():
     assert hash(objective) == hash(replace(objective))
     q = objective.update(batch_of([1.0] * 3, [1.0, 5.0, 9.0]), *start(objective, 3)).q
     np.testing.assert_allclose(q, [1 / 3] * 3)
+
+
+def test_the_objective_that_the_documentation_writes():
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    code = text.split("## One of your own")[1].split("```python\n")[1].split("```")[0]
+    names = {"dataclass": dataclass, "rd": rd, "torch": torch, "__name__": __name__}
+    exec(code, names)
+    counts, means = [3.0, 0.0, 5.0, 2.0], [1.0, 0.0, 4.0, 2.5]
+    assert weights_of(names["Worst"](2), counts, means).tolist() == [0, 0, 0.5, 0.5]
+    assert weights_of(names["Worst"](4), counts, means).tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
+
+
+def test_the_documentation_has_every_objective():
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    for objective in STATELESS + STATEFUL:
+        assert f"| `{type(objective).__name__}(" in text
