@@ -5,6 +5,7 @@
 #include "cpu/groups.h"
 #include "cpu/memory.h"
 #include "cpu/rows.h"
+#include "cpu/rules.h"
 
 namespace py = pybind11;
 
@@ -28,6 +29,10 @@ void group_update(const rd::Statistics& statistics, int64_t num_groups, const rd
 void row_scale(Address coefficients, Address outcome, int64_t count, const rd::Groups& groups,
                Address scale) {
   rd::cpu::row_scale(at<float>(coefficients), at<uint8_t>(outcome), count, groups, at<float>(scale));
+}
+
+void pack_mask(Address mask, int64_t rows, int64_t num_groups, Address words) {
+  rd::cpu::pack_mask(at<uint8_t>(mask), rows, num_groups, at<uint32_t>(words));
 }
 
 void grouped_forward(const rd::Rows& rows, const rd::Groups& groups, const rd::Update& update,
@@ -75,6 +80,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   cpu.def("group_reduce", &group_reduce, without_gil);
   cpu.def("group_update", &group_update, without_gil);
   cpu.def("row_scale", &row_scale, without_gil);
+  cpu.def("pack_mask", &pack_mask, without_gil);
   cpu.def("grouped_forward", &grouped_forward, without_gil);
   cpu.def("cached_bytes", &rd::cpu::cached_bytes);
   cpu.def("empty_cache", &rd::cpu::empty_cache);

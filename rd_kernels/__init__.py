@@ -6,13 +6,14 @@ Importing this imports torch, but neither triton nor the native kernels: a backe
 from rd_kernels import backends, functional
 from rd_kernels.backends import empty_cache, use_backend
 from rd_kernels.losses import CrossEntropyLoss, GroupDROLoss, LinearGroupDROLoss
-from rd_kernels.objectives import ERM, ChiSquare, CVaR, GroupDRO, Objective
+from rd_kernels.objectives import ERM, Batch, ChiSquare, CVaR, GroupDRO, Objective, Update
 from rd_kernels.report import GroupReport, GroupStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ERM",
+    "Batch",
     "CVaR",
     "ChiSquare",
     "CrossEntropyLoss",
@@ -22,6 +23,7 @@ __all__ = [
     "GroupStats",
     "LinearGroupDROLoss",
     "Objective",
+    "Update",
     "backends",
     "empty_cache",
     "functional",

@@ -1,33 +1,16 @@
-"""Gradient accumulation with the numbers of one large batch: what the losses' ``accumulate`` does. G groups."""
+"""Gradient accumulation with the numbers of one large batch: what the losses' ``accumulate`` does. G groups, U units."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rd_kernels import distributed, grouped
-from rd_kernels.objectives import Objective
+from rd_kernels import grouped, reduction
+from rd_kernels.reduction import Given
 
 __all__ = ["Window"]
-
-
-@dataclass(frozen=True, eq=False)
-class Given(Objective):
-    """Coefficients that are known already; 0 while they are not."""
-
-    coefficients: Tensor | None = None  # [G]
-    weights: Tensor | None = None  # [G], for the report
-
-    def update(self, sums: Tensor, counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        nothing = torch.zeros_like(sums)
-        return (
-            nothing if self.coefficients is None else self.coefficients,
-            q,
-            nothing if self.weights is None else self.weights,
-        )
 
 
 class Window:
@@ -35,43 +18,59 @@ class Window:
 
     def __init__(self, loss_fn: Any):
         self._loss_fn = loss_fn
-        self._total: grouped.Grouped | None = None
-        self._weighting: Given | None = None
-        self._observed = self._called = 0
+        self._seen: list[grouped.Grouped] = []
+        self._given: list[Given] = []  # for each micro-batch its weights
+        self._results: list[tuple[Tensor, Tensor]] = []  # loss and statistics
 
     def observe(self, *call: Any, **named: Any) -> None:
         """Add the statistics of a micro-batch, given what the loss takes. Computes no gradient and leaves q alone."""
-        if self._weighting is not None:
+        if self._given:
             raise RuntimeError("observe() after a loss of the same window: observe all micro-batches first")
         with torch.no_grad():
-            seen = self._loss_fn._grouped(self._loss_fn.group_weights.clone(), Given(), None, *call, **named)
-        if self._total is not None:
-            seen = seen._replace(
-                stats=seen.stats + self._total.stats, status=seen.status + self._total.status
-            )
-        self._total = seen
-        self._observed += 1
+            self._seen.append(self._loss_fn._grouped(self._loss_fn._state_now(), Given(), *call, **named))
 
-    def weighting(self) -> Objective:
-        """What weights the micro-batches from now on; steps q when called first."""
-        self._called += 1
-        if self._weighting is None:
-            if self._total is None:
-                raise RuntimeError(
-                    "accumulate(): a loss before observe() has seen the window's micro-batches"
-                )
-            loss_fn, (_, stats, status, *_) = self._loss_fn, self._total
-            q = loss_fn.group_weights if loss_fn.training else loss_fn.group_weights.clone()
-            _, coefficients = distributed.group_update(
-                stats, status, q, loss_fn.objective, loss_fn._adjustment, "reference"
-            )
-            self._weighting = Given(coefficients.double(), stats[3, :-2].double())
-        return self._weighting
-
-    def finish(self) -> None:
-        if self._called != self._observed:
+    def loss(self, *call: Any, **named: Any) -> grouped.Grouped:
+        """That of the next micro-batch, weighted for all of them; the first steps q."""
+        if not self._seen:
+            raise RuntimeError("accumulate(): a loss before observe() has seen the window's micro-batches")
+        if not self._given:
+            self._given = self._weigh()
+        if len(self._results) == len(self._seen):
             raise RuntimeError(
-                f"accumulate(): {self._observed} micro-batches were observed, but the loss was called {self._called} times"
+                f"accumulate(): {len(self._seen)} micro-batches were observed, this is one more"
             )
-        if self._total is not None:
-            self._loss_fn._keep(self._total._replace(places=None))
+        given = self._given[len(self._results)]
+        result = self._loss_fn._grouped(self._loss_fn._state_now(), given, *call, **named)
+        self._results.append((result.loss.detach(), result.reduced.stats))
+        return result
+
+    def _weigh(self) -> list[Given]:
+        """The objective's weights, from the statistics of all; updates q and memory where the loss is in training."""
+        loss_fn, seen = self._loss_fn, [each.reduced for each in self._seen]
+        self._stats = torch.stack([each.stats for each in seen]).sum(0)
+        self._status = torch.stack([each.status for each in seen]).sum(0)
+        if loss_fn.objective.over_rows:
+            units = [each.units for each in seen if each.units is not None]
+            weights = reduction.weigh(torch.cat(units, dim=1), loss_fn.settings)
+            weights = torch.where((self._status == 0).all(), weights, torch.nan)
+            return [Given(weights=part) for part in weights.split([each.shape[1] for each in units])]
+        state = loss_fn._state_now() if loss_fn.training else loss_fn._copied_state()
+        _, coefficients = reduction.update(self._stats, self._status, state, loss_fn.settings, "reference")
+        return [Given(coefficients)] * len(seen)
+
+    def finish(self) -> grouped.Grouped | None:
+        """-> what stands for the whole window; None for a window without micro-batches."""
+        if len(self._results) != len(self._seen):
+            raise RuntimeError(
+                f"accumulate(): {len(self._seen)} micro-batches were observed, but the loss was called "
+                f"{len(self._results)} times"
+            )
+        if not self._seen:
+            return None
+        stats = self._stats
+        if self._loss_fn.objective.over_rows:  # known by group only once the rows' weights were
+            weights = torch.stack([stats[3] for _, stats in self._results]).sum(0)
+            stats = torch.cat([stats[:3], weights[None], stats[4:]])
+        loss = torch.stack([loss for loss, _ in self._results]).sum()
+        last = self._seen[-1].reduced._replace(loss=loss, stats=stats, status=self._status)
+        return self._seen[-1]._replace(loss=loss, reduced=last, places=None)

@@ -1,8 +1,4 @@
-"""Group reduction and objective as separate steps: what several ranks and objectives written in Python need.
-
-Between the two stands, on several ranks, one all-reduce of the sums and counts: with it every rank computes the same
-coefficients from global statistics and the same new q.
-"""
+"""What several ranks exchange between the row pass and the objective, so that all compute the same weights."""
 
 from __future__ import annotations
 
@@ -11,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rd_kernels import ops
-from rd_kernels.objectives import Objective
-
-__all__ = ["group_update", "reduce_and_update", "world_size"]
+__all__ = ["add_up", "join", "world_size"]
 
 
 def world_size(process_group: Any) -> int | None:
@@ -36,62 +29,29 @@ def world_size(process_group: Any) -> int | None:
     return None
 
 
-def reduce_and_update(
-    row_loss: Tensor,  # [N] acc
-    outcome: Tensor,  # [N] uint8
-    groups: Tensor,  # [N] ids or [N, G] mask
-    q: Tensor,  # [G] float32, updated in place
-    objective: Objective,
-    adjustment: Tensor | None,  # [G]
-    num_classes: int,
-    process_group: Any,
-    ranks: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Steps 2 and 3 over all ranks -> ``loss``, ``stats``, ``status``, ``row_scale``.
+def add_up(tensors: list[Tensor], process_group: Any) -> list[Tensor]:
+    """The sums over all ranks, in one message and in float64, where a count is exact; shapes and dtypes stay."""
+    message = torch.cat([tensor.reshape(-1).double() for tensor in tensors])
+    torch.distributed.all_reduce(message, group=process_group)
+    parts = message.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, tensors, strict=True)]
 
-    On several ranks the loss is that of the joined batch, and the row scales are its own times ``ranks``, because DDP
-    divides the gradients by the number of ranks.
+
+def join(columns: Tensor, process_group: Any) -> tuple[Tensor, slice]:
+    """Columns [K, N_r] of each rank r -> those of all [K, sum of N_r], rank after rank; and which are one's own.
+
+    The ranks' numbers of columns are read on the host: this waits for the device.
     """
-    stats, status = ops.group_reduce(row_loss, outcome, groups, num_classes, q.shape[0], backend)
-    if ranks is not None:
-        # One message: the few counts of bad input travel with the sums.
-        message = torch.cat([stats[:3].reshape(-1), status.to(stats.dtype)])
-        torch.distributed.all_reduce(message, group=process_group)
-        stats = torch.cat([message[:-2].reshape(3, -1), stats[3:]])
-        status = message[-2:].to(torch.int64)
-    loss, coefficients = group_update(stats, status, q, objective, adjustment, backend)
-    scale = ops.row_scale(coefficients, outcome, groups, backend)
-    return loss, stats, status, scale if ranks is None else scale * ranks
-
-
-def group_update(
-    stats: Tensor,  # [4, G+2] acc, its row 3 is written
-    status: Tensor,  # [2]
-    q: Tensor,  # [G] float32, updated in place
-    objective: Objective,
-    adjustment: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Step 3 -> ``loss`` [], ``coefficients`` [G]: by the backend where it has the rule, else by the objective itself.
-
-    As there: a bad batch (``status``) has loss NaN and coefficients 0, and leaves q as it is.
-    """
-    if objective.rule is not None:
-        return ops.group_update(stats, status, q, objective.rule, objective.rate, adjustment, backend)
-    num_groups = q.shape[0]
-    sums, counts = stats[0, :num_groups], stats[1, :num_groups]
-    coefficients, new_q, weights = objective.update(sums.double(), counts.double(), q.double())
-    for name, result in (("coefficients", coefficients), ("q", new_q), ("weights", weights)):
-        if result.shape != q.shape:
-            raise ValueError(
-                f"{type(objective).__name__}.update must return {name} [{num_groups}], got {list(result.shape)}"
-            )
-    valid = (status == 0).all()
-    coefficients = torch.where(valid & (counts > 0), coefficients.to(stats.dtype), 0)
-    stats[3, :num_groups] = torch.where(valid, weights.to(stats.dtype), 0)
-    stats[3, num_groups] = 0
-    stats[3, num_groups + 1] = stats[3, :num_groups].sum()
-    q.copy_(torch.where(valid & torch.isfinite(new_q).all(), new_q.to(q.dtype), q))
-    parts = torch.where(counts > 0, coefficients * sums, 0)
-    return torch.where(valid, parts.sum(), torch.nan), coefficients
+    rank = torch.distributed.get_rank(process_group)
+    ranks = torch.distributed.get_world_size(process_group)
+    own = torch.tensor([columns.shape[1]], device=columns.device)
+    sizes = [torch.empty_like(own) for _ in range(ranks)]
+    torch.distributed.all_gather(sizes, own, group=process_group)
+    widths = torch.cat(sizes).tolist()
+    padded = columns.new_zeros((columns.shape[0], max(widths)))
+    padded[:, : columns.shape[1]] = columns
+    gathered = [torch.empty_like(padded) for _ in range(ranks)]
+    torch.distributed.all_gather(gathered, padded, group=process_group)
+    joined = torch.cat([part[:, :width] for part, width in zip(gathered, widths, strict=True)], dim=1)
+    start = sum(widths[:rank])
+    return joined, slice(start, start + widths[rank])

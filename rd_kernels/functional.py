@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from rd_kernels.backends.registry import select
 from rd_kernels.grouped import check_capacity, check_inplace, flat_rows, grouped_loss, linear_grouped_loss
 from rd_kernels.groups import canonical_labels, check_same_device
 from rd_kernels.objectives import GroupDRO, Objective
+from rd_kernels.reduction import Settings, State
 
 __all__ = ["cross_entropy", "group_dro_cross_entropy", "linear_group_dro_cross_entropy"]
 
@@ -75,7 +76,7 @@ def cross_entropy(
             raise ValueError(f"weight must have shape [{rows.shape[1]}], got {list(weight.shape)}")
         weight = weight.detach().to(acc).contiguous()
     name = select(backend, rows)
-    row_loss, normaliser, _ = ops.row_forward(
+    row_loss, normaliser, *_ = ops.row_forward(
         rows.detach(), labels, weight, label_smoothing, ignore_index, name
     )
     value, divisor = row_loss, None
@@ -98,11 +99,14 @@ def cross_entropy(
 def group_dro_cross_entropy(
     logits: Tensor,
     labels: Tensor,
-    groups: Tensor,
+    groups: Tensor | None,
     group_weights: Tensor,
     objective: Objective = GroupDRO(),  # noqa: B008 - frozen
     *,
     ignore_index: int = -100,
+    level: Literal["token", "sequence"] = "token",
+    reference_losses: Tensor | None = None,
+    memory: Tensor | None = None,
     process_group: Any = None,
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -115,10 +119,17 @@ def group_dro_cross_entropy(
     Args:
         logits: [..., V], floating point.
         labels: [...], class indices of an integer dtype; ``ignore_index`` marks rows without a label.
-        groups: ids [...], or ids [B] with B = labels.shape[0] for all tokens of a sequence, or a bool mask
-            [..., G] or [B, G] where groups overlap. Id -1: in no group; such a row gets coefficient 0.
+        groups: ids [...], or ids [B] with B = labels.shape[0] for all tokens of a sequence. Where groups overlap: a
+            bool mask [..., G] or [B, G], or lists of K ids [..., K] or [B, 1, K], for many groups of which a row is
+            in few. Id -1: no group; a row in none gets coefficient 0. None where G = 1: all rows are in it.
         group_weights: q [G], float32, on the simplex; UPDATED IN PLACE before it weights this batch.
-        objective: :class:`ERM`, :class:`GroupDRO`.
+        objective: one of docs/objectives.md, or one of your own.
+        level: what a group's mean loss is the mean of. "token": of its rows. "sequence": of its sequences' means over
+            their labelled tokens, each sequence counting the same; labels are [B, T], groups ids [B], lists [B, K] or
+            a mask [B, G]. A sequence without a labelled token does not count.
+        reference_losses: the losses of a reference model, of labels' shape, floating point; for :class:`DoReMi`.
+        memory: what the objective remembers beside q, float64 [M, G], at first its ``initial_memory(G)``; UPDATED IN
+            PLACE. None for an objective that remembers nothing.
         process_group: sums and counts are all-reduced over it before the objective, and the loss is
             multiplied by its size, to undo DDP's mean.
         inplace_backward: the backward writes the gradient over the logits, which saves their size in memory.
@@ -137,23 +148,26 @@ def group_dro_cross_entropy(
         TypeError: a dtype that is not what is said above (fractional ids, for instance).
         RuntimeError: a backend named explicitly cannot serve the call; several ranks without a process group.
     """
-    adjustment = _adjustment(objective, group_weights)
+    settings = Settings(objective, ignore_index, level, process_group=process_group)
+    state = _state(objective, group_weights, memory)
     return grouped_loss(
-        logits, labels, groups, group_weights, objective, adjustment, ignore_index, process_group,
-        inplace_backward, backend,
-    ).loss  # fmt: skip
+        logits, labels, groups, reference_losses, state, settings, inplace_backward, backend
+    ).loss
 
 
 def linear_group_dro_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    groups: Tensor,
+    groups: Tensor | None,
     group_weights: Tensor,
     objective: Objective = GroupDRO(),  # noqa: B008 - frozen
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    level: Literal["token", "sequence"] = "token",
+    reference_losses: Tensor | None = None,
+    memory: Tensor | None = None,
     memory_budget: int | None = None,
     process_group: Any = None,
     backend: str = "auto",
@@ -166,7 +180,8 @@ def linear_group_dro_cross_entropy(
 
     Args:
         hidden: [..., D]. weight: [V, D]. bias: [V] or None. One floating dtype (autocast casts all three).
-        labels, groups, group_weights, objective, ignore_index, process_group, backend: as there.
+        labels, groups, group_weights, objective, ignore_index, level, reference_losses, memory, process_group, backend:
+            as there.
         memory_budget: bytes for what grows with the rows beside inputs and gradients. Rows that do not fit
             are computed again in the backward: 4 - f GEMMs where a fraction f fits. None: 1 GiB on a CPU, an
             eighth of a GPU's memory and at least 1 GiB.
@@ -188,16 +203,25 @@ def linear_group_dro_cross_entropy(
     one row, a capacity below one row, a filter_eps outside [0, 1), or one above 0 on a GPU
     for another dtype or without triton.
     """
-    adjustment = _adjustment(objective, group_weights)
+    settings = Settings(objective, ignore_index, level, process_group=process_group)
+    state = _state(objective, group_weights, memory)
     return linear_grouped_loss(
-        hidden, weight, bias, labels, groups, group_weights, objective, adjustment, ignore_index,
-        memory_budget, process_group, backend, filter_eps, check_capacity(capacity),
+        hidden, weight, bias, labels, groups, reference_losses, state, settings, memory_budget, backend,
+        filter_eps, check_capacity(capacity),
     ).loss  # fmt: skip
 
 
-def _adjustment(objective: Objective, q: Tensor) -> Tensor | None:
-    adjustment = objective.adjustment_for(q.shape[0])
-    return None if adjustment is None else adjustment.to(q.device)
+def _state(objective: Objective, q: Tensor, memory: Tensor | None) -> State:
+    objective.check(q.numel())
+    if memory is None:
+        if objective.memory:
+            raise ValueError(
+                f"{type(objective).__name__} remembers {', '.join(objective.memory)}: pass "
+                "memory=objective.initial_memory(num_groups) at first, and the same tensor from then on"
+            )
+        memory = objective.initial_memory(q.numel()).to(q.device)
+    adjustment = objective.adjustment_for(q.numel())
+    return State(q, memory, None if adjustment is None else adjustment.to(q.device))
 
 
 def _total_weight(weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ What :mod:`rd_kernels.functional` and :mod:`rd_kernels.losses` share. Letters: N
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from rd_kernels.backends.registry import linear_form, select
 from rd_kernels.gemm import leading_dimension
 from rd_kernels.groups import canonical_groups, canonical_labels, check_same_device
 from rd_kernels.linear import default_memory_budget, mean_logit_order, plan
-from rd_kernels.objectives import Objective
+from rd_kernels.reduction import Given, Keys, Reduced, Settings, State, reduce_rows
 
 __all__ = [
     "Grouped",
@@ -31,12 +30,11 @@ __all__ = [
 
 
 class Grouped(NamedTuple):
-    """A grouped loss and what the report needs: ``stats`` [4, G+2], ``status`` [2], V, and the linear op's places for
-    labelled rows where there are fewer of them than rows."""
+    """A grouped loss and what the report needs: V, and the linear op's places for labelled rows where there are fewer
+    of them than rows."""
 
     loss: Tensor
-    stats: Tensor
-    status: Tensor
+    reduced: Reduced
     num_classes: int
     places: int | None = None
 
@@ -44,54 +42,46 @@ class Grouped(NamedTuple):
 def grouped_loss(
     logits: Tensor,
     labels: Tensor,
-    groups: Tensor,
-    q: Tensor,
-    objective: Objective,
-    adjustment: Tensor | None,
-    ignore_index: int,
-    process_group: Any,
+    groups: Tensor | None,
+    reference_losses: Tensor | None,
+    state: State,
+    settings: Settings,
     inplace_backward: bool,
     backend: str,
+    given: Given | None = None,
 ) -> Grouped:
     """The logits op with its statistics; arguments as in :func:`rd_kernels.functional.group_dro_cross_entropy`."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0:
         raise ValueError("logits must have shape [..., V], got a scalar")
-    _check_group_weights(q)
-    check_same_device("logits", logits.device, labels=labels, groups=groups, group_weights=q)
+    _check_state(state, settings)
+    check_same_device(
+        "logits", logits.device, labels=labels, groups=groups, reference_losses=reference_losses,
+        group_weights=state.q, memory=state.memory,
+    )  # fmt: skip
     leading = logits.shape[:-1]
     flat_labels = canonical_labels(labels, leading)
     rows = flat_rows(logits, "logits")
     check_inplace(inplace_backward, rows, "logits")
-    name = select(backend, rows, q.shape[0])
-    flat_groups = canonical_groups(groups, leading, q.shape[0], partial(ops.pack_mask, backend=name))
-    ranks = distributed.world_size(process_group)
-    if ranks is None and objective.rule is not None:
-        rule = (objective.rule, objective.rate, adjustment)
+    name = select(backend, rows, state.q.shape[0])
+    keys = _keys(groups, reference_losses, labels, state, settings, name)
+    if given is None and settings.plain and distributed.world_size(settings.process_group) is None:
+        rule = (settings.objective.rule, settings.objective.rate, state.adjustment)
         loss, stats, status, scale, normaliser = ops.grouped_forward(
-            rows.detach(), flat_labels, flat_groups, q, *rule, ignore_index, name
+            rows.detach(), flat_labels, keys.groups, state.q, *rule, settings.ignore_index, name
         )
+        reduced = Reduced(loss, stats, status, scale)
     else:
-        row_loss, normaliser, outcome = ops.row_forward(
-            rows.detach(), flat_labels, None, 0.0, ignore_index, name
+        row_loss, normaliser, outcome, details = ops.row_forward(
+            rows.detach(), flat_labels, None, 0.0, settings.ignore_index, name, settings.detailed
         )
-        loss, stats, status, scale = distributed.reduce_and_update(
-            row_loss,
-            outcome,
-            flat_groups,
-            q,
-            objective,
-            adjustment,
-            rows.shape[1],
-            process_group,
-            ranks,
-            name,
-        )
+        reduced = reduce_rows(row_loss, outcome, details, keys, rows.shape[1], state, settings, name, given)
     loss = ops.RowsLoss.apply(
-        rows, loss, scale, None, flat_labels, normaliser, None, 0.0, ignore_index, name, inplace_backward
-    )
-    return Grouped(loss, stats, status, rows.shape[1])
+        rows, reduced.loss, reduced.row_scale, None, flat_labels, normaliser, None, 0.0, settings.ignore_index, name,
+        inplace_backward,
+    )  # fmt: skip
+    return Grouped(loss, reduced, rows.shape[1])
 
 
 def linear_grouped_loss(
@@ -99,33 +89,32 @@ def linear_grouped_loss(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    groups: Tensor,
-    q: Tensor,
-    objective: Objective,
-    adjustment: Tensor | None,
-    ignore_index: int,
+    groups: Tensor | None,
+    reference_losses: Tensor | None,
+    state: State,
+    settings: Settings,
     memory_budget: int | None,
-    process_group: Any,
     backend: str,
     filter_eps: float | None = None,
     capacity: int | float | None = None,
+    given: Given | None = None,
 ) -> Grouped:
     """The linear op with its statistics; arguments as in :func:`rd_kernels.functional.linear_group_dro_cross_entropy`."""
     device = hidden.device
     epsilon = check_filter_eps(filter_eps)
-    _check_group_weights(q)
+    _check_state(state, settings)
     check_same_device(
-        "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, group_weights=q
-    )
+        "hidden", device, weight=weight, bias=bias, labels=labels, groups=groups, reference_losses=reference_losses,
+        group_weights=state.q, memory=state.memory,
+    )  # fmt: skip
     if cast := torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     _check_linear(hidden, weight, bias, cast)
-    num_classes = weight.shape[0]
-    leading = hidden.shape[:-1]
-    flat_labels = canonical_labels(labels, leading)
+    num_classes, ignore_index = weight.shape[0], settings.ignore_index
+    flat_labels = canonical_labels(labels, hidden.shape[:-1])
     rows = hidden.reshape(-1, hidden.shape[-1])
-    name = select(backend, rows, q.shape[0])
-    flat_groups = canonical_groups(groups, leading, q.shape[0], partial(ops.pack_mask, backend=name))
+    name = select(backend, rows, state.q.shape[0])
+    keys = _keys(groups, reference_losses, labels, state, settings, name)
     on_gpu, fusable, preferred = linear_form(name, rows.dtype)
     if epsilon > 0 and not (fusable if on_gpu else device.type == "cpu"):
         raise ValueError(
@@ -133,6 +122,11 @@ def linear_grouped_loss(
             f"installed, not by {name!r} for {rows.dtype} on {device}"
         )
     filtered_tiles, order = on_gpu and epsilon > 0, None
+    if settings.detailed and (filtered_tiles or capacity is not None):
+        raise ValueError(
+            "entropy and top_k are not served together with capacity, or with filter_eps on a GPU: there logits are "
+            "never seen whole"
+        )
     if filtered_tiles:
         order = mean_logit_order(rows.detach(), weight.detach(), bias)
         flat_labels, ignore_index = _labels_in_order(flat_labels, order, ignore_index), -100
@@ -144,19 +138,19 @@ def linear_grouped_loss(
         # Shapes that depend on values cost nothing here: no capacity is needed.
         labelled = (flat_labels != ignore_index).nonzero()[:, 0]
         if len(labelled) < len(flat_labels):
-            rows, flat_labels, flat_groups = (
-                tensor.index_select(0, labelled) for tensor in (rows, flat_labels, flat_groups)
-            )
+            rows, flat_labels = rows.index_select(0, labelled), flat_labels.index_select(0, labelled)
+            keys = keys.of_rows(labelled)
         places = rows.shape[0]
     elif (places := _places(capacity, rows.shape[0])) < rows.shape[0]:
         index, position = ops.compact(flat_labels, ignore_index, name)
         picked = index.clamp(min=0)
         flat_labels = torch.where(index < 0, ignore_index, flat_labels.index_select(0, picked))
-        flat_groups = flat_groups.index_select(0, picked)
+        keys = keys.of_rows(picked)
     budget = default_memory_budget(device) if memory_budget is None else memory_budget
     stored, block = plan(places, num_classes, rows.shape[1], rows.element_size(), budget)
-    layout = (num_classes, ignore_index, places, stored, block, filtered_tiles or (fusable and preferred))
-    row_loss, normaliser, outcome, *kept = ops.linear_forward(
+    fused = filtered_tiles or (fusable and preferred and not settings.detailed)
+    layout = (num_classes, ignore_index, places, stored, block, fused)
+    row_loss, normaliser, outcome, details, *kept = ops.linear_forward(
         rows.detach(),
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -164,23 +158,15 @@ def linear_grouped_loss(
         index,
         *layout,
         name,
+        settings.detailed,
     )
-    ranks = distributed.world_size(process_group)
-    if ranks is None and objective.rule is not None:
-        rule = (objective.rule, objective.rate, adjustment)
-        loss, stats, status, scale = ops.reduce_and_update(
-            row_loss, outcome, flat_groups, q, *rule, num_classes, name
-        )
-    else:
-        loss, stats, status, scale = distributed.reduce_and_update(
-            row_loss, outcome, flat_groups, q, objective, adjustment, num_classes, process_group, ranks, name
-        )
+    reduced = reduce_rows(row_loss, outcome, details, keys, num_classes, state, settings, name, given)
     loss = ops.LinearRowsLoss.apply(
         rows,
         weight,
         bias,
-        loss,
-        scale,
+        reduced.loss,
+        reduced.row_scale,
         *kept,
         normaliser,
         flat_labels,
@@ -190,7 +176,45 @@ def linear_grouped_loss(
         epsilon,
         *layout,
     )
-    return Grouped(loss, stats, status, num_classes, None if index is None else places)
+    return Grouped(loss, reduced, num_classes, None if index is None else places)
+
+
+def _keys(
+    groups: Tensor | None,
+    reference_losses: Tensor | None,
+    labels: Tensor,
+    state: State,
+    settings: Settings,
+    backend: str,
+) -> Keys:
+    """Groups and reference losses as users have them -> what belongs to the rows."""
+    leading, num_groups, sequence = labels.shape, state.q.shape[0], None
+    if settings.level == "sequence":
+        if labels.dim() < 2:
+            raise ValueError(f"level 'sequence' needs labels [B, T], got {list(labels.shape)}")
+        sequences, length = labels.shape[0], labels.shape[1:].numel()
+        sequence = torch.arange(sequences, device=labels.device).repeat_interleave(length)
+        leading = labels.shape[:1]
+    if groups is None:
+        if num_groups > 1:
+            raise ValueError(f"groups may only be left out for one group, not for {num_groups}")
+        flat_groups = labels.new_zeros(leading.numel(), dtype=torch.int64)
+    else:
+        flat_groups = canonical_groups(groups, leading, num_groups, lambda mask: ops.pack_mask(mask, backend))
+    needed, name = settings.objective.needs_reference, type(settings.objective).__name__
+    if reference_losses is None:
+        if needed:
+            raise ValueError(f"{name} needs reference_losses, the reference model's losses, of labels' shape")
+        return Keys(flat_groups, sequence, None)
+    if not needed:
+        raise ValueError(f"reference_losses were given, but {name} does not use them")
+    if not reference_losses.is_floating_point():
+        raise TypeError(f"reference_losses must be floating point, got {reference_losses.dtype}")
+    if reference_losses.shape != labels.shape:
+        raise ValueError(
+            f"reference_losses must have labels' shape {list(labels.shape)}, got {list(reference_losses.shape)}"
+        )
+    return Keys(flat_groups, sequence, reference_losses.detach().reshape(-1))
 
 
 def flat_rows(logits: Tensor, argument: str) -> Tensor:
@@ -214,11 +238,18 @@ def check_inplace(inplace_backward: bool, rows: Tensor, argument: str) -> None:
         raise ValueError(f"inplace_backward needs {argument} whose rows do not share memory")
 
 
-def _check_group_weights(q: Tensor) -> None:
+def _check_state(state: State, settings: Settings) -> None:
+    q, memory = state.q, state.memory
     if q.dim() != 1 or q.shape[0] < 1 or q.dtype != torch.float32 or not q.is_contiguous():
         raise ValueError(
             f"group_weights must be a contiguous float32 tensor [G] with G >= 1, "
             f"got {q.dtype} {list(q.shape)}"
+        )
+    objective = settings.objective
+    if memory.shape != (len(objective.memory), q.shape[0]) or memory.dtype != torch.float64:
+        raise ValueError(
+            f"memory must be {type(objective).__name__}'s initial_memory, float64 "
+            f"[{len(objective.memory)}, {q.shape[0]}], got {memory.dtype} {list(memory.shape)}"
         )
 
 

@@ -106,11 +106,17 @@ def forward(
     num_classes: int,  # V
     ignore_index: int,
     layout: Layout,
+    details: Tensor
+    | None = None,  # [2, N] acc, written (Backend.row_forward); not with index or a fused product
 ) -> tuple[Tensor, Tensor, Tensor, Stored]:
     """-> ``row_loss`` [N], ``normaliser`` [2, N], ``outcome`` [N], and what is stored.
 
     With ``index`` row i of the results and of ``labels`` belongs to hidden[index[i]], -1: to none.
     """
+
+    def details_of(block: slice) -> Tensor | None:
+        return None if details is None else details[:, block]
+
     rows = hidden if index is None else backend.gather_rows(hidden, index[: layout.capacity])
     stored = layout.stored
     unweighted = _empty_rows(backend, rows, stored, weight.shape[0])
@@ -125,9 +131,15 @@ def forward(
         else:
             gemm.logits_into(unweighted, rows[:stored], weight, bias)
             logits = unweighted[:, :num_classes]
-            parts.append(backend.softmax_minus_onehot_(logits, labels[:stored], ignore_index))
+            parts.append(
+                backend.softmax_minus_onehot_(
+                    logits, labels[:stored], ignore_index, details_of(slice(0, stored))
+                )
+            )
         for block, logits, _ in _recomputed(backend, rows, weight, bias, num_classes, layout):
-            parts.append(backend.row_forward(logits, labels[block], None, 0.0, ignore_index))
+            parts.append(
+                backend.row_forward(logits, labels[block], None, 0.0, ignore_index, details_of(block))
+            )
         if index is not None:
             beyond = slice(layout.capacity, None)
             parts.append(

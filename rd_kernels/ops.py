@@ -71,24 +71,31 @@ def raise_if_bad(status: Tensor, num_classes: int, num_groups: int | None) -> No
         raise ValueError(f"groups: {bad_groups} labelled rows have an id outside [-1, {num_groups})")
 
 
-def _row_forward(logits, labels, class_weight, label_smoothing, ignore_index, backend):
+def _row_forward(logits, labels, class_weight, label_smoothing, ignore_index, backend, detailed=False):
+    details = _empty_details(logits, logits.shape[0], detailed)
     row_loss, normaliser, outcome = get(backend).row_forward(
-        logits, labels, class_weight, label_smoothing, ignore_index
+        logits, labels, class_weight, label_smoothing, ignore_index, details if detailed else None
     )
     if logits.device.type == "cpu" and outcome.numel() and outcome.max() == BAD_LABEL:
         raise_if_bad(torch.stack([(outcome == BAD_LABEL).sum(), torch.tensor(0)]), logits.shape[1], None)
-    return row_loss, normaliser, outcome
+    return row_loss, normaliser, outcome, details
 
 
-def _row_forward_fake(logits, labels, class_weight, label_smoothing, ignore_index, backend):
+def _row_forward_fake(logits, labels, class_weight, label_smoothing, ignore_index, backend, detailed=False):
     row_loss = logits.new_empty(logits.shape[0], dtype=_acc(logits))
     normaliser = row_loss.new_empty((2, logits.shape[0]))
-    return row_loss, normaliser, torch.empty_like(row_loss, dtype=torch.uint8)
+    details = _empty_details(logits, logits.shape[0], detailed)
+    return row_loss, normaliser, torch.empty_like(row_loss, dtype=torch.uint8), details
+
+
+def _empty_details(logits: Tensor, rows: int, detailed: bool) -> Tensor:
+    """[2, N] acc where details are wanted, else [2, 0]."""
+    return logits.new_empty((2, rows if detailed else 0), dtype=_acc(logits))
 
 
 row_forward = _register(
     "row_forward(Tensor logits, Tensor labels, Tensor? class_weight, float label_smoothing, int ignore_index, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    "str backend, bool detailed=False) -> (Tensor, Tensor, Tensor, Tensor)",
     _row_forward,
     _row_forward_fake,
 )
@@ -253,19 +260,48 @@ _LAYOUT = "int num_classes, int ignore_index, SymInt capacity, SymInt stored, Sy
 
 
 def _linear_forward(
-    hidden, weight, bias, labels, index, num_classes, ignore_index, capacity, stored, block, fused, backend
+    hidden,
+    weight,
+    bias,
+    labels,
+    index,
+    num_classes,
+    ignore_index,
+    capacity,
+    stored,
+    block,
+    fused,
+    backend,
+    detailed=False,
 ):
     layout = linear.Layout(capacity, stored, block, fused)
+    details = _empty_details(hidden, labels.numel(), detailed)
     *results, left = linear.forward(
-        get(backend), hidden, weight, bias, labels, index, num_classes, ignore_index, layout
-    )
-    return *results, *left
+        get(backend), hidden, weight, bias, labels, index, num_classes, ignore_index, layout,
+        details if detailed else None,
+    )  # fmt: skip
+    return *results, details, *left
 
 
 def _linear_forward_fake(
-    hidden, weight, bias, labels, index, num_classes, ignore_index, capacity, stored, block, fused, backend
+    hidden,
+    weight,
+    bias,
+    labels,
+    index,
+    num_classes,
+    ignore_index,
+    capacity,
+    stored,
+    block,
+    fused,
+    backend,
+    detailed=False,
 ):
-    results = _row_forward_fake(hidden, labels, None, 0.0, ignore_index, backend)
+    row_loss = hidden.new_empty(labels.shape[0], dtype=_acc(hidden))
+    outcome = torch.empty_like(row_loss, dtype=torch.uint8)
+    details = _empty_details(hidden, labels.shape[0], detailed)
+    results = row_loss, row_loss.new_empty((2, labels.shape[0])), outcome, details
     stride = leading_dimension(weight.shape[0], hidden.element_size())
     unweighted = hidden.new_empty_strided((stored, weight.shape[0]), (stride, 1))
     factor = results[0].new_empty(stored if fused else 0)
@@ -275,7 +311,7 @@ def _linear_forward_fake(
 
 linear_forward = _register(
     f"linear_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? index, {_LAYOUT}, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str backend, bool detailed=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_forward,
     _linear_forward_fake,
 )

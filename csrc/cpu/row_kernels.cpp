@@ -235,22 +235,34 @@ float sum_of(const Chunk& chunk) {
   return sum;
 }
 
-// sum_j exp(z_j - shift) of at most kBlock logits, in float32. Small terms would be lost beside the 1 of the
-// largest logit, and with them the whole loss of a row that is nearly certain; where the block holds that
-// logit (kSeparate) each 1 is counted apart.
-template <bool kSeparate, class Element>
-double sum_of_exponentials(const Element* z, int64_t count, float shift) {
+// Adds sum_j exp(z_j - shift) of at most kBlock logits, taken in float32, and the details, to `total`. Small
+// terms would be lost beside the 1 of the largest logit, and with them the whole loss of a row that is nearly
+// certain; where the block holds that logit (kSeparate) each 1 is counted apart.
+template <bool kSeparate, bool kDetails, class Element>
+void add_exponentials(const Element* z, int64_t count, float shift, float z_label, Scan& total) {
   Chunk sums = {}, distances = {};
-  Ints ones = {};
+  Floats spread = {};
+  Ints ones = {}, above = {};
   const auto add = [&](Chunk x) __attribute__((always_inline)) {
     Ints is_one[kVectors];
+    if (kDetails) {
+      for (const Floats& v : x.v) above -= ~(v <= all(z_label));
+    }
     for (Floats& v : x.v) v = shift - v;
     for (int k = 0; k < kVectors; ++k) is_one[k] = x.v[k] == 0.0f;
     for (int k = 0; k < kVectors; ++k) distances.v[k] += x.v[k];
+    Chunk products = x;
     exponentials(x);
     for (int k = 0; k < kVectors; ++k)
       sums.v[k] += kSeparate ? of_bits(~is_one[k] & bits_of(x.v[k])) : x.v[k];
     for (int k = 0; k < kVectors; ++k) ones -= kSeparate ? is_one[k] : Ints{};
+    if (kDetails) {
+      for (int k = 0; k < kVectors; ++k) {
+        Floats& distance = products.v[k];
+        distance = of_bits((distance < kLargestExponent) & bits_of(distance)) * x.v[k];
+      }
+      spread += (products.v[0] + products.v[1]) + (products.v[2] + products.v[3]);
+    }
   };
   int64_t j = 0;
   for (; j + kChunk <= count; j += kChunk) {
@@ -263,16 +275,18 @@ double sum_of_exponentials(const Element* z, int64_t count, float shift) {
   if (j < count) add(load_chunk(Tail<Element>(z + j, count - j, minus_infinity(z)).elements));
   // Distances are not negative, so their sum is NaN where one of them is, and only there.
   const float distance = sum_of(distances);
-  if (distance != distance) return kNaN;
-  double sum = sum_of(sums);
-  for (int lane = 0; lane < kLanes; ++lane) sum += ones[lane];
-  return sum;
+  total.sum += distance != distance ? kNaN : static_cast<double>(sum_of(sums));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    total.sum += ones[lane];
+    total.spread += spread[lane];
+    total.above += above[lane];
+  }
 }
 
-template <class Element>
-Scan scan(const void* logits, int64_t count) {
+template <bool kDetails, class Element>
+Scan scan(const void* logits, int64_t count, float z_label) {
   const Element* z = static_cast<const Element*>(logits);
-  Scan result = {-kInfinity, 0.0};
+  Scan result = {-kInfinity, 0.0, 0.0, 0};
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t size = smaller(kBlock, count - start);
     const float before = result.largest;
@@ -280,13 +294,18 @@ Scan scan(const void* logits, int64_t count) {
     // Subtracting the maximum of a block that is all -inf would make NaN of it.
     const float shift = result.largest == -kInfinity ? 0.0f : result.largest;
     if (result.largest > before) {
+      const float rise = shift - before;
       Chunk rescale = {};
-      rescale.v[0] = all(shift - before);
+      rescale.v[0] = all(rise);
       exponentials(rescale);
+      if (kDetails) {
+        // Each distance grows by the rise.
+        result.spread = rise < kLargestExponent ? rescale.v[0][0] * (result.spread + rise * result.sum) : 0;
+      }
       result.sum *= rescale.v[0][0];
-      result.sum += sum_of_exponentials<true>(z + start, size, shift);
+      add_exponentials<true, kDetails>(z + start, size, shift, z_label, result);
     } else {
-      result.sum += sum_of_exponentials<false>(z + start, size, shift);
+      add_exponentials<false, kDetails>(z + start, size, shift, z_label, result);
     }
   }
   return result;
@@ -381,7 +400,8 @@ void exponentials(const float* x, float* out, int64_t count) {
 
 extern const RowKernels kKernels = {
     RD_TEXT(RD_ISA),
-    {scan<float>, scan<BFloat16>},
+    {scan<false, float>, scan<false, BFloat16>},
+    {scan<true, float>, scan<true, BFloat16>},
     {gradient<float>, gradient<BFloat16>},
     {smoothing_sum<float>, smoothing_sum<BFloat16>},
     exponentials,

@@ -6,10 +6,13 @@
 namespace rd::cpu {
 
 // Of a stretch of logits: the largest, and sum_j exp(z_j - largest). With -inf alone the shift is 0; the sum
-// is NaN where a logit is NaN or +inf.
+// is NaN where a logit is NaN or +inf. Of a scan with details also sum_j (largest - z_j) exp(z_j - largest),
+// to which logits more than 87 below the largest add nothing, and how many are not <= the label's logit.
 struct Scan {
   float largest;
   double sum;
+  double spread;
+  int64_t above;
 };
 
 // dz_j = factor exp(z_j - largest) - offset w_j; w null: ones.
@@ -24,7 +27,8 @@ struct Gradient {
 // Indexed by DType; the untyped pointers are to elements of it. No stretch depends on another.
 struct RowKernels {
   const char* isa;
-  Scan (*scan[2])(const void* z, int64_t count);
+  Scan (*scan[2])(const void* z, int64_t count, float z_label);
+  Scan (*scan_with_details[2])(const void* z, int64_t count, float z_label);
   void (*gradient[2])(const void* z, void* out, int64_t count, const Gradient& gradient);
   // sum_j w_j (origin - z_j); w null: ones.
   double (*smoothing_sum[2])(const void* z, const float* w, int64_t count, float origin);

@@ -84,18 +84,25 @@ Target with_weight_sum(Target target, int64_t vocabulary) {
   return target;
 }
 
+// What the scan's sums are relative to a shift that is not below its largest logit.
+Scan relative_to(double shift, Scan scan) {
+  const double factor = std::exp(scan.largest - shift);  // 0 for a scan of -inf alone, or of nothing
+  scan.spread = factor == 0 ? 0 : factor * (scan.spread + (shift - scan.largest) * scan.sum);
+  scan.sum *= factor;
+  return scan;
+}
+
 // Of a segment, and joined to those before it of a whole row. `smooth` is sum_j w_j (origin - z_j).
 struct Summary {
-  Scan scan = {-kInfinity, 0};
+  Scan scan = {-kInfinity, 0, 0, 0};
   double smooth = 0;
 
   void join(const Summary& next) {
     const float largest = std::max(scan.largest, next.scan.largest);
     // Subtracting a maximum of -inf would make NaN of it.
     const double shift = largest == -kInfinity ? 0 : largest;
-    scan.sum =
-        scan.sum * std::exp(scan.largest - shift) + next.scan.sum * std::exp(next.scan.largest - shift);
-    scan.largest = largest;
+    const Scan one = relative_to(shift, scan), other = relative_to(shift, next.scan);
+    scan = {largest, one.sum + other.sum, one.spread + other.spread, one.above + other.above};
     smooth += next.smooth;
   }
 };
@@ -103,28 +110,32 @@ struct Summary {
 // Smoothing sums logits relative to one of them, so that a large common offset costs no precision.
 float origin_of(float z_label) { return std::isfinite(z_label) ? z_label : 0.0f; }
 
-Summary summary_of_segment(const Rows& rows, const Target& target, int64_t i, int64_t begin) {
+Summary summary_of_segment(const Rows& rows, const Target& target, bool details, int64_t i, int64_t begin) {
   const RowKernels& kernel = kernels();
   const int type = static_cast<int>(rows.dtype);
   const int64_t count = std::min(kSegment, rows.vocabulary - begin);
   const char* z = logits_at(rows, i, begin);
-  Summary summary{kernel.scan[type](z, count)};
+  const float z_label = details || target.smoothing > 0 ? logit(rows, i, rows.labels[i]) : 0.0f;
+  Summary summary{(details ? kernel.scan_with_details : kernel.scan)[type](z, count, z_label)};
   if (target.smoothing > 0) {
     const float* w = target.class_weight ? target.class_weight + begin : nullptr;
-    summary.smooth = kernel.smoothing_sum[type](z, w, count, origin_of(logit(rows, i, rows.labels[i])));
+    summary.smooth = kernel.smoothing_sum[type](z, w, count, origin_of(z_label));
   }
   return summary;
 }
+
+bool wants_details(const RowResults& results) { return results.details.entropy != nullptr; }
 
 void write_uncounted(const RowResults& results, int64_t i, Outcome outcome) {
   results.outcome[i] = outcome;
   const float value = outcome == kIgnored ? 0.0f : kNaN;
   results.loss[i] = results.normaliser.maximum[i] = results.normaliser.log_sum[i] = value;
+  if (wants_details(results)) results.details.entropy[i] = results.details.above[i] = value;
 }
 
 void write_counted(const Rows& rows, const Target& target, const Summary& summary, int64_t i,
                    const RowResults& results) {
-  const auto [largest, sum] = summary.scan;
+  const auto [largest, sum, spread, above] = summary.scan;
   const int64_t label = rows.labels[i];
   const float z_label = logit(rows, i, label);
   // NaN for a row that is all -inf, as for one with NaN or +inf.
@@ -143,6 +154,11 @@ void write_counted(const Rows& rows, const Target& target, const Summary& summar
   // NaN counts as larger than the label's logit. The sum is NaN for +inf, too.
   const bool nan = std::isnan(sum) && has_nan(rows, i);
   results.outcome[i] = z_label >= largest && !nan ? kHit : kMiss;
+  if (wants_details(results)) {
+    results.details.entropy[i] = static_cast<float>(log_sum + spread / sum);
+    // No logit is <= NaN, nor is what fills a vector up.
+    results.details.above[i] = static_cast<float>(std::isnan(z_label) ? rows.vocabulary : above);
+  }
 }
 
 // The gradient of one segment:
@@ -190,7 +206,8 @@ void row_forward(const Rows& rows, const Target& given, const RowResults& result
                for (int64_t t = begin; t < end; ++t) {
                  const int64_t i = t / segments;
                  if (outcome_by_label(rows, i) != kMiss) continue;
-                 summaries[t] = summary_of_segment(rows, target, i, t % segments * kSegment);
+                 summaries[t] =
+                     summary_of_segment(rows, target, wants_details(results), i, t % segments * kSegment);
                }
              });
   for_shares(rows.count, usable_threads(rows.count * kRowCost, threads), [&](int64_t begin, int64_t end) {
@@ -223,6 +240,7 @@ void softmax_minus_onehot(const Rows& rows, const RowResults& results, int threa
     throw std::invalid_argument("logits: rows that overlap in memory cannot be overwritten");
   }
   const Target target = {nullptr, static_cast<double>(rows.vocabulary), 0};
+  const bool details = wants_details(results);
   const RowGradient in_place = {nullptr, 0, nullptr, results.normaliser, rows.logits, rows.stride, false};
   for_shares(rows.count, usable_threads(rows.count * rows.vocabulary, threads),
              [&](int64_t begin, int64_t end) {
@@ -230,9 +248,9 @@ void softmax_minus_onehot(const Rows& rows, const RowResults& results, int threa
                  if (const Outcome outcome = outcome_by_label(rows, i); outcome != kMiss) {
                    write_uncounted(results, i, outcome);
                  } else {
-                   Summary row = summary_of_segment(rows, target, i, 0);
+                   Summary row = summary_of_segment(rows, target, details, i, 0);
                    for (int64_t j = kSegment; j < rows.vocabulary; j += kSegment) {
-                     row.join(summary_of_segment(rows, target, i, j));
+                     row.join(summary_of_segment(rows, target, details, i, j));
                    }
                    write_counted(rows, target, row, i, results);
                  }

@@ -322,10 +322,9 @@ class _RowWeights(rd.Objective):
 
     weights: Tensor
 
-    def update(self, sums: Tensor, counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mass = self.weights @ counts
-        coefficients = torch.where(mass > 0, self.weights / mass, 0.0)
-        return coefficients, q, coefficients * counts
+    def update(self, batch: rd.Batch, q: Tensor, memory: Tensor) -> rd.Update:
+        mass = self.weights @ batch.counts
+        return rd.Update(torch.where(mass > 0, self.weights * batch.counts / mass, 0.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,11 +336,10 @@ class _OverTexts(rd.Objective):
         Tensor  # [B, C] float64: 1 where the cell is of the text. A product with it adds in a fixed order.
     )
 
-    def update(self, sums: Tensor, counts: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        text_sums, text_counts = self.belongs @ sums, self.belongs @ counts
-        of_text, _, _ = self.over_texts.update(text_sums, text_counts, torch.ones_like(text_sums))
-        coefficients = of_text @ self.belongs
-        return coefficients, q, coefficients * counts
+    def update(self, batch: rd.Batch, q: Tensor, memory: Tensor) -> rd.Update:
+        texts = rd.Batch(self.belongs @ batch.sums, self.belongs @ batch.counts)
+        of_text = self.over_texts.update(texts, torch.ones_like(texts.sums), memory).weights
+        return rd.Update((of_text / texts.counts.clamp(min=1)) @ self.belongs * batch.counts)
 
 
 def _arguments(inputs: HeadInputs, groups: Tensor) -> tuple[Tensor | None, ...]:

@@ -50,9 +50,9 @@ class CPUBackend(NativeBackend):
             return f"it serves float32 and bfloat16 logits, not {logits.dtype}"
         return None
 
-    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index):
+    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index, details=None):
         native = self._native
-        results, addresses = self._row_results(logits.shape[0], _DEVICE)
+        results, addresses = self._row_results(logits.shape[0], _DEVICE, details)
         native.row_forward(
             self._rows(logits, labels, ignore_index),
             native.Target(address(class_weight), label_smoothing),
@@ -89,12 +89,18 @@ class CPUBackend(NativeBackend):
     def empty(self, shape, dtype, device, stride=None):
         return self._allocate(shape, dtype, stride)[0]
 
-    def softmax_minus_onehot_(self, logits, labels, ignore_index):
-        results, addresses = self._row_results(logits.shape[0], _DEVICE)
+    def softmax_minus_onehot_(self, logits, labels, ignore_index, details=None):
+        results, addresses = self._row_results(logits.shape[0], _DEVICE, details)
         self._native.softmax_minus_onehot(
             self._rows(logits, labels, ignore_index), addresses, torch.get_num_threads()
         )
         return results
+
+    def pack_mask(self, mask):
+        rows, num_groups = mask.shape
+        words = torch.empty((rows, (num_groups + 31) // 32), dtype=torch.int32)
+        self._native.pack_mask(mask.data_ptr(), rows, num_groups, words.data_ptr())
+        return words
 
     def group_reduce(self, row_loss, outcome, groups, num_groups):
         stats, status, addresses = self._statistics(num_groups, _DEVICE)
@@ -107,14 +113,14 @@ class CPUBackend(NativeBackend):
         )
         return stats, status
 
-    def group_update(self, stats, status, q, objective, step_size, adjustment):
+    def group_update(self, stats, status, q, rule, rate, adjustment):
         native = self._native
         loss = torch.empty((), dtype=torch.float32)
         coefficients = torch.empty(q.numel(), dtype=torch.float32)
         native.group_update(
             native.Statistics(stats.data_ptr(), status.data_ptr()),
             q.numel(),
-            self._update(objective, step_size, adjustment, q),
+            self._update(rule, rate, adjustment, q),
             loss.data_ptr(),
             coefficients.data_ptr(),
         )
@@ -131,7 +137,7 @@ class CPUBackend(NativeBackend):
         )
         return scale
 
-    def grouped_forward(self, logits, labels, groups, q, objective, step_size, adjustment, ignore_index):
+    def grouped_forward(self, logits, labels, groups, q, rule, rate, adjustment, ignore_index):
         native = self._native
         rows, num_groups = logits.shape[0], q.numel()
         # q is float32 as these are, and that saves naming the dtype, which takes torch a microsecond each time.
@@ -140,7 +146,7 @@ class CPUBackend(NativeBackend):
         native.grouped_forward(
             self._rows(logits, labels, ignore_index),
             self._groups(groups, num_groups),
-            self._update(objective, step_size, adjustment, q),
+            self._update(rule, rate, adjustment, q),
             addresses,
             loss.data_ptr(),
             scale.data_ptr(),
