@@ -10,6 +10,7 @@ from rd_kernels.backends.registry import get
 from tests.conftest import on_device_of
 from tests.devices import device_of
 from tests.gpu_oracles import IGNORE, cross_entropy, gradient, make
+from tests.test_gpu_details import check
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -36,17 +37,22 @@ def assert_close(actual, truth, dtype):
 
 
 def check_rows(cuda, logits, labels):
-    """Loss, gradient and U of these rows against float64."""
-    dtype = logits.dtype
-    loss, normaliser, _ = cuda.row_forward(logits, labels, None, 0.0, IGNORE)
+    """Loss, gradient, U and, of float32, details of these rows against float64."""
+    dtype, given = logits.dtype, logits.clone()
+    details = torch.empty(2, len(labels)) if dtype == torch.float32 else None
+    loss, normaliser, _ = cuda.row_forward(logits, labels, None, 0.0, IGNORE, details)
+    if details is not None:
+        check(details, given, labels)
     assert_close(loss, cross_entropy(logits, labels, torch.float64), torch.float32)
     truth = gradient(logits, labels, torch.ones(len(labels)), torch.float64)
     result = cuda.row_backward(None, None, logits, labels, normaliser, None, 0.0, IGNORE)
     assert_close(result, truth, dtype)
     if logits.stride(0) >= logits.shape[1]:
-        again, _, _ = cuda.softmax_minus_onehot_(logits, labels, IGNORE)
+        again, _, _ = cuda.softmax_minus_onehot_(logits, labels, IGNORE, details)
         assert_close(again, loss.double(), torch.float32)
         assert_close(logits, truth, dtype)
+        if details is not None:
+            check(details, given, labels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -36,7 +36,7 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: flo
 def rows(
     backend: Backend, device: str, dtype: torch.dtype, vocabulary: int, first: int, padding: int
 ) -> None:
-    """Row losses and gradients: fresh, in place and into a view, plain, weighted, smoothed."""
+    """Row losses, details and gradients: fresh, in place and into a view, plain, weighted, smoothed."""
     reference, count = get("reference"), 5
     memory = torch.randn(count, first + vocabulary + padding, dtype=dtype)
     host = memory[:, first : first + vocabulary]
@@ -44,19 +44,24 @@ def rows(
     labels[1], labels[3] = -100, vocabulary  # ignored; out of range
     logits, on_device = memory.clone().to(device)[:, first : first + vocabulary], labels.to(device)
     grad_out, scale = torch.rand(2 * count)[::2], torch.rand(count)
+    told, details = torch.empty(2, count), torch.empty(2, count, device=device)
     for weight, smoothing in ((None, 0.0), (torch.rand(vocabulary), 0.1)):
         options = (None if weight is None else weight.to(device), smoothing, -100)
-        expected = reference.row_forward(host, labels, weight, smoothing, -100)
+        expected = reference.row_forward(host, labels, weight, smoothing, -100, told)
         found = backend.row_forward(logits, on_device, *options)
         same(found, expected)
+        same((*backend.row_forward(logits, on_device, *options, details), details), (*expected, told))
         truth = reference.row_backward(grad_out, scale, host, labels, expected[1], weight, smoothing, -100)
         arguments = (grad_out.to(device), scale.to(device), logits, on_device, found[1], *options)
         same((backend.row_backward(*arguments),), (truth,), TOLERANCE[dtype])
         out = torch.empty(count, vocabulary + 5, dtype=dtype, device=device)[:, 3 : 3 + vocabulary]
         same((backend.row_backward(*arguments, out=out),), (truth,), TOLERANCE[dtype])
+    other = memory.clone().to(device)[:, first : first + vocabulary]
     backend.softmax_minus_onehot_(logits, on_device, -100)
+    backend.softmax_minus_onehot_(other, on_device, -100, details)
     reference.softmax_minus_onehot_(host, labels, -100)
-    same((logits,), (host,), TOLERANCE[dtype])
+    same((details,), (told,))
+    same((logits, other), (host, host), TOLERANCE[dtype])
 
 
 def members_of(backend: Backend, device: str, count: int, num_groups: int, form: str) -> Tensor:

@@ -23,7 +23,7 @@ struct Problem {
   bool masked;
   std::vector<__nv_bfloat16> logits, gradient;
   std::vector<int64_t> labels, lists, status;
-  std::vector<float> loss, normaliser, coefficients, scale, stats, q, partials;
+  std::vector<float> loss, normaliser, details, coefficients, scale, stats, q, partials;
   std::vector<uint8_t> outcome, mask;
   std::vector<uint32_t> bits, bad, counters;
   float total = 0;
@@ -40,6 +40,7 @@ struct Problem {
         status(2),
         loss(n),
         normaliser(2 * n),
+        details(2 * n),
         coefficients(g),
         scale(n),
         stats(4 * (g + 2)),
@@ -59,7 +60,10 @@ struct Problem {
     return {logits.data(), DType::kBFloat16, rows, vocabulary, vocabulary, labels.data(), -100};
   }
   Normaliser normaliser_rows() { return {normaliser.data(), normaliser.data() + rows}; }
-  RowResults results() { return {loss.data(), normaliser_rows(), outcome.data()}; }
+  RowResults results(bool detailed = false) {
+    const Details wanted = detailed ? Details{details.data(), details.data() + rows} : Details{};
+    return {loss.data(), normaliser_rows(), outcome.data(), wanted};
+  }
   int64_t words() const { return (num_groups + 31) / 32; }
   Groups groups() {
     return masked ? Groups{nullptr, bits.data(), words(), num_groups}
@@ -71,7 +75,7 @@ struct Problem {
 
   void run() {
     pack_mask(kQueue, reinterpret_cast<const bool*>(mask.data()), rows, num_groups, bits.data());
-    row_forward(kQueue, logit_rows(), {nullptr, nullptr, 0.1f}, results());
+    row_forward(kQueue, logit_rows(), {nullptr, nullptr, 0.1f}, results(true));
     group_reduce(kQueue, loss.data(), outcome.data(), rows, groups(), statistics(), scratch());
     group_update(kQueue, statistics(), num_groups, update(), &total, coefficients.data());
     grouped_forward(kQueue, logit_rows(), results(), groups(), update(), statistics(), &total,
@@ -80,6 +84,7 @@ struct Problem {
     row_backward(kQueue, logit_rows(), {},
                  {nullptr, 0, scale.data(), normaliser_rows(), gradient.data(), vocabulary, true});
     softmax_minus_onehot(kQueue, logit_rows(), results());
+    softmax_minus_onehot(kQueue, logit_rows(), results(true));
   }
 };
 
