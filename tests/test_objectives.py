@@ -484,6 +484,9 @@ def test_a_mean_that_is_not_finite(objective, bad):
     batch = batch_of([2.0, 3.0, 1.0, 0.0, 2.0], [1.0, bad, 2.0, 0.0, 0.5], objective.adjustment_for(5))
     weights, new_q, new_memory = objective.update(batch, q, memory)
     assert not math.isfinite((weights * batch.means).sum())
+    if objective in STATELESS:
+        kind = "groups" if objective == rd.WorstGroup() else getattr(objective, "base", "rows")
+        np.testing.assert_allclose(weights, base(batch.counts.numpy(), kind))
     assert new_q is None or torch.equal(new_q, q)
     assert new_memory is None or torch.equal(new_memory, memory)
 
