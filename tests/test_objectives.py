@@ -445,7 +445,7 @@ EXTREME = [
     rd.GroupDRO(1e200, 1e38, [1, 2, 3, 4, 5], "hold"),
     rd.GroupDRO(1e200, loss_ema=0.5, floor=0.1),
     rd.GroupDRO(1e200, absent_groups="hold", floor=0.1),
-    rd.DoReMi(1e200, 0.0),
+    rd.DoReMi(1e200, 1e-300),
     rd.DoReMi(1e200),
 ]
 
@@ -457,18 +457,21 @@ EXTREME = [
     means=st.lists(st.sampled_from([0.0, 1e-38, 1.0, 1.0 + 2**-52, 1e10, 1e38]), min_size=5, max_size=5),
 )
 def test_extreme_losses_and_parameters_leave_a_simplex(objective, counts, means):
-    batch = batch_of(np.array(counts, float), np.array(means), objective.adjustment_for(5))
-    weights, q, memory = objective.update(batch, *start(objective, 5))
-    for simplex in (weights, q):
-        if simplex is not None:
-            assert (simplex >= 0).all()
-            assert simplex.sum().item() == pytest.approx(
-                1, abs=1e-6
-            )  # kernels' rules pass float32 adjustments
-    if not isinstance(objective, rd.GroupDRO):  # there the weights are q
-        assert not weights[~batch.present].any()
-    if memory is not None:
-        assert (memory.isfinite() | ~batch.present).all()
+    q, memory = start(objective, 5)
+    for turn in (1, -1):  # the second batch meets the state that the first one left
+        batch = batch_of(counts[::turn], means[::turn], objective.adjustment_for(5))
+        weights, new_q, new_memory = objective.update(batch, q, memory)
+        for simplex in (weights, new_q):
+            if simplex is not None:
+                assert (simplex >= 0).all()
+                assert simplex.sum().item() == pytest.approx(1, abs=1e-6)
+        if not isinstance(objective, rd.GroupDRO):  # there the weights are q
+            assert not weights[~batch.present].any()
+        if new_q is not None:
+            q = new_q.float().double()  # as it is kept
+        if new_memory is not None:
+            memory = new_memory
+            assert (memory.isfinite() | ~batch.present).all()
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -481,6 +484,9 @@ def test_a_mean_that_is_not_finite(objective, bad):
     batch = batch_of([2.0, 3.0, 1.0, 0.0, 2.0], [1.0, bad, 2.0, 0.0, 0.5], objective.adjustment_for(5))
     weights, new_q, new_memory = objective.update(batch, q, memory)
     assert not math.isfinite((weights * batch.means).sum())
+    if objective in STATELESS:
+        kind = "groups" if objective == rd.WorstGroup() else getattr(objective, "base", "rows")
+        np.testing.assert_allclose(weights, base(batch.counts.numpy(), kind))
     assert new_q is None or torch.equal(new_q, q)
     assert new_memory is None or torch.equal(new_memory, memory)
 
@@ -553,7 +559,9 @@ def test_every_update_compiles_in_one_graph():
         (lambda: rd.GroupDRO(0.1, 1.0, [1, 2]).adjustment_for(3), ValueError, "group_counts has 2 entries"),
         (lambda: rd.GroupDRO(absent_groups="drop"), ValueError, "absent_groups must be 'decay' or 'hold', got 'drop'"),
         (lambda: rd.DoReMi(-1.0), ValueError, "step_size must be finite and >= 0"),
-        (lambda: rd.DoReMi(smoothing=1.5), ValueError, "smoothing must be finite and >= 0 and <= 1, got 1.5"),
+        (lambda: rd.DoReMi(smoothing=1.5), ValueError, r"smoothing must be in \(0, 1\], got 1.5"),
+        (lambda: rd.DoReMi(smoothing=0.0), ValueError, r"smoothing must be in \(0, 1\], got 0.0"),
+        (lambda: rd.DoReMi(smoothing=None), TypeError, "smoothing must be a number, got NoneType"),
         (
             lambda: rd.DoReMi().update(rd.Batch(torch.ones(2), torch.ones(2)), torch.ones(2) / 2, torch.zeros(3, 2)),
             ValueError,

@@ -4,7 +4,7 @@ Letters: G groups; n_g rows and m_g mean loss of a group in the batch; p_g its s
 stands in place of a group, with its loss for m_g.
 
 Common to all: a group absent from the batch has weight 0, q stays as it is, and where a mean loss is not finite the
-weights are p, so that the loss is not finite either.
+weights are p (for the worst group: the same for each group), so that the loss is not finite either.
 """
 
 from __future__ import annotations
