@@ -61,4 +61,5 @@ def test_ranks_equal_one_process(backend, ranks):
         assert same_bits(first, again)
         assert all(same_bits(first, rank[op, name][0]) for rank in results[1:])
         expected = [tensor.cpu() for tensor in train(op, CASES[name], backend, whole)]
-        assert_equal(first, expected, 4 if op == "linear" else 1)
+        # Hidden's gradient adds up 3001 products, in another order: sqrt(3001) roundings of float32 in either sum.
+        assert_equal(first, expected, 8 if op == "linear" else 1)
