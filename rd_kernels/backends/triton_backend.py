@@ -28,6 +28,7 @@ _OLDEST_NVIDIA = (8, 0)  # compute capability, Triton's own limit
 FUSED_GROUPS = 62
 # The rows that one program sums: grows with N so that there are at most _CHUNKS sums of chunks for the last program.
 _CHUNK_ROWS, _CHUNKS = 128, 256
+_LONGEST_WITH_DETAILS = 32768  # a row in registers, of which more than its exponentials are needed at once
 _UPDATE_BLOCK = 256  # groups that a rule treats at a time
 
 
@@ -112,7 +113,8 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
     def softmax_minus_onehot_(self, logits, labels, ignore_index, details=None):
         rows, vocabulary = logits.shape
         config = self._config("softmax_minus_onehot", logits)
-        if config is None:  # a row is too long for a program's registers
+        too_long = details is not None and vocabulary > _LONGEST_WITH_DETAILS
+        if config is None or too_long:  # for a program's registers
             return super().softmax_minus_onehot_(logits, labels, ignore_index, details)
         row_loss, normaliser, outcome = _row_results(rows, logits.device)
         self._launch(

@@ -59,22 +59,24 @@ def reduce_chunk(
         result = tl.load(outcome + rows, mask=rows < N, other=IGNORED, cache_modifier=".cg")
         loss = tl.load(row_loss + rows, mask=rows < N, other=0.0, cache_modifier=".cg")
         counted = result <= HIT
-        named = tl.zeros([ROWS], tl.int1)  # in some group, or meant to be
+        named = tl.zeros([ROWS], tl.int32)  # not 0: in some group, or meant to be
         if BITS:
             member = _member_bits(groups, rows, rows < N, columns, width)
             for place in range(0, tl.where(owns_ungrouped, width, 0)):
-                named |= tl.load(groups + rows * width + place, mask=rows < N, other=0) != 0
+                named |= tl.load(groups + rows * width + place, mask=rows < N, other=0)
         else:
-            member = tl.zeros([ROWS, COLUMNS], tl.int1)
-            bad_id = tl.zeros([ROWS], tl.int1)
+            # Numbers, as AMD's compiler keeps what is true or false in too few registers.
+            found = tl.zeros([ROWS, COLUMNS], tl.int32)
+            bad_id = tl.zeros([ROWS], tl.int32)
             for place in range(0, width):
                 group = tl.load(groups + rows * width + place, mask=rows < N, other=-1)
                 outside = (group < -1) | (group >= G)
-                member |= tl.where(outside, -1, group)[:, None] == columns[None, :]
-                bad_id |= outside
-                named |= group != -1
-            bad_groups += (counted & bad_id).to(tl.int32)
-        member = (member | (columns[None, :] >= tl.where(named, G + 1, G)[:, None])) & counted[:, None]
+                found |= (tl.where(outside, -1, group)[:, None] == columns[None, :]).to(tl.int32)
+                bad_id |= outside.to(tl.int32)
+                named |= (group != -1).to(tl.int32)
+            member = found != 0
+            bad_groups += tl.where(counted, bad_id, 0)
+        member = (member | (columns[None, :] >= tl.where(named != 0, G + 1, G)[:, None])) & counted[:, None]
         # where, not a product: 0 * NaN would spread one row's NaN to every group.
         sums += tl.where(member, loss[:, None], 0.0).to(tl.float64)
         counts += member.to(tl.int32)

@@ -325,9 +325,15 @@ def softmax_minus_onehot(
     readable = edge < tl.where(counted, V, 0)
     z_edge = tl.load(start + edge, mask=edges & readable, other=-float("inf")).to(tl.float32)
 
+    if details is not None:
+        above = tl.sum(tl.sum(tl.where(z <= z_label, 0, 1), axis=1), axis=0)
+        above += tl.sum(tl.where(z_edge <= z_label, 0, 1), axis=0)
     base = tl.maximum(tl.max(tl.max(z, axis=1), axis=0), tl.max(z_edge, axis=0))
     base = tl.minimum(tl.maximum(base, LOWEST), HIGHEST)
     e, e_edge = _exp(z - base), _exp(z_edge - base)
+    if details is not None:  # before threads wait for each other's sums: the registers of z are free then
+        spread = tl.sum(tl.sum(_times_exp(z - base, e), axis=1), axis=0)
+        spread += tl.sum(_times_exp(z_edge - base, e_edge), axis=0)
     total = tl.sum(tl.sum(e, axis=1), axis=0) + tl.sum(e_edge, axis=0)
     row_maximum, log_total = _normaliser(base, total)
     hit = (z_label >= row_maximum) & (total == total)
@@ -337,10 +343,6 @@ def softmax_minus_onehot(
         row_loss, normaliser, normaliser_stride, outcome,
     )  # fmt: skip
     if details is not None:
-        spread = tl.sum(tl.sum(_times_exp(z - base, e), axis=1), axis=0)
-        spread += tl.sum(_times_exp(z_edge - base, e_edge), axis=0)
-        above = tl.sum(tl.sum(tl.where(z <= z_label, 0, 1), axis=1), axis=0)
-        above += tl.sum(tl.where(z_edge <= z_label, 0, 1), axis=0)
         entropy = log_total - spread / total
         _store_details(row, counted, ignored, entropy, above, z_label, V, details, details_stride)
 

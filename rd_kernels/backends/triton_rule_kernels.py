@@ -96,12 +96,11 @@ def apply_rule(
     valid = (tl.load(status, cache_modifier=".cg") == 0) & (tl.load(status + 1, cache_modifier=".cg") == 0)
     # Kept where no group is present or a mean is not finite: one bad batch must not destroy the state.
     usable = valid & (rows > 0) & ~infinite
-    scale = 1.0 / norm
-    if not STATE:
-        scale = tl.where(norm > 0, scale, 0.0)
+    mass = 1.0
     if HOLD:
         usable = usable & (shared > 0)
-        scale *= shared
+        mass = shared
+    scale = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)
     total = tl.zeros([BLOCK], tl.float64)
     total_share = tl.zeros([BLOCK], tl.float64)
     for start in range(0, G, BLOCK):
@@ -109,12 +108,16 @@ def apply_rule(
         # Where there are more threads than groups, several hold a group and one of them stores: all have read first.
         tl.debug_barrier()
         group = start + tl.arange(0, BLOCK)
-        share = scale * _unnormalised(prior, score, largest, infinite, RULE)
-        if STATE:
-            share = tl.where(usable & (score != float("-inf")), share, prior).to(tl.float32).to(tl.float64)
-            tl.store(q + group, share, mask=group < G)
         present = counts > 0
-        coefficient = tl.where(present & valid, share / tl.where(present, counts, 1.0), 0.0)
+        share = _unnormalised(prior, score, largest, infinite, RULE)
+        if STATE:
+            updated = mass * share / norm
+            share = tl.where(usable & (score != float("-inf")), updated, prior).to(tl.float32).to(tl.float64)
+            tl.store(q + group, share, mask=group < G)
+        else:
+            share *= scale
+        coefficient = scale if RULE == "erm" else share / tl.where(present, counts, 1.0)
+        coefficient = tl.where(present & valid, coefficient, 0.0)
         share = tl.where(valid, share, 0.0)
         tl.store(coefficients + group, coefficient, mask=group < G)
         tl.store(stats + 3 * (G + 2) + group, share, mask=group < G)
