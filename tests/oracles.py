@@ -25,10 +25,13 @@ class PublishedGroupDRO:
 
     num_groups: int
     step_size: float
-    adjustment: float = 0.0
+    adjustment: float | list[float] = 0.0
     group_counts: list[int] | None = None
     probabilities: list[float] = field(default_factory=list)
     hold_absent: bool = False  # not published: only the groups present are normalised, to what they had
+    loss_ema: float | None = None  # the weight of a batch in the moving averages that step in for its losses
+    floor: float = 0.0  # not published
+    averages: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.probabilities:
@@ -50,13 +53,53 @@ class PublishedGroupDRO:
                 bonus = 0.0
                 if self.adjustment:
                     assert self.group_counts is not None
-                    bonus = self.adjustment / math.sqrt(self.group_counts[group])
-                self.probabilities[group] *= math.exp(self.step_size * (means[group] + bonus))
+                    constant = (
+                        self.adjustment[group] if isinstance(self.adjustment, list) else self.adjustment
+                    )
+                    bonus = constant / math.sqrt(self.group_counts[group])
+                loss = means[group]
+                if self.loss_ema is not None:
+                    if group in self.averages:
+                        loss = (1 - self.loss_ema) * self.averages[group] + self.loss_ema * loss
+                    self.averages[group] = loss
+                self.probabilities[group] *= math.exp(self.step_size * (loss + bonus))
         normalised = [g for g in range(self.num_groups) if counts[g] or not self.hold_absent]
         total = sum(self.probabilities[g] for g in normalised)
         for group in normalised:
             self.probabilities[group] *= target / total
+            above = target - len(normalised) * self.floor
+            self.probabilities[group] = self.floor + above * self.probabilities[group] / target
         return sum(p * m for p, m, n in zip(self.probabilities, means, counts, strict=True) if n)
+
+
+@dataclass
+class PublishedDoReMi:
+    """Algorithm 1 of Xie et al. 2023, one row at a time. Before a group's first sighting its excess loss counts as 0."""
+
+    weights: list[float]
+    step_size: float = 1.0
+    smoothing: float = 1e-4
+    excess: list[float] = field(default_factory=list)
+    history: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.excess = self.excess or [0.0] * len(self.weights)
+
+    def step(self, losses: list[float], references: list[float], groups: list[int]) -> float:
+        """Row losses of the model and of the reference, and the rows' groups; returns the loss of the model."""
+        for group in range(len(self.weights)):
+            seen = [max(a - b, 0.0) for a, b, g in zip(losses, references, groups, strict=True) if g == group]
+            if seen:
+                self.excess[group] = sum(seen) / len(seen)
+        raised = [w * math.exp(self.step_size * e) for w, e in zip(self.weights, self.excess, strict=True)]
+        uniform = 1 / len(raised)
+        self.weights = [(1 - self.smoothing) * w / sum(raised) + self.smoothing * uniform for w in raised]
+        self.history.append(self.weights)
+        of_rows = [self.weights[group] for group in groups]
+        return sum(w * loss for w, loss in zip(of_rows, losses, strict=True)) / sum(of_rows)
+
+    def average(self) -> list[float]:
+        return [sum(column) / len(self.history) for column in zip(*self.history, strict=True)]
 
 
 def members_of(groups: Tensor, rows: list[int]) -> list[list[int]]:

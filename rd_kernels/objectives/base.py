@@ -105,13 +105,15 @@ class Objective:
         return Update(weights, q)
 
 
-def check_number(name: str, value: Any, least: float = -math.inf) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a finite number >= ``least``."""
+def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a finite number, >= ``least`` and <= ``most``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < least:
-        bound = "" if least == -math.inf else f" and >= {least:g}"
-        raise ValueError(f"{name} must be finite{bound}, got {value}")
+    if not math.isfinite(value) or not least <= value <= most:
+        bounds = (f" and >= {least:g}" if least > -math.inf else "") + (
+            f" and <= {most:g}" if most < math.inf else ""
+        )
+        raise ValueError(f"{name} must be finite{bounds}, got {value}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

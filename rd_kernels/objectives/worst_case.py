@@ -1,10 +1,15 @@
-"""Objectives without state: the mean, and the worst mixture of the batch's groups within a set of mixtures.
+"""Objectives without state: the mean, the worst group, and the worst mixture of a batch's groups or rows within a set.
 
-Letters: G groups; n_g rows and m_g mean loss of a group in the batch; p_g its share of the batch.
+Letters: G groups; n_g rows and m_g mean loss of a group in the batch; p_g its share of the batch. Over rows, each row
+stands in place of a group, with its loss for m_g.
+
+Common to all: a group absent from the batch has weight 0, q stays as it is, and where a mean loss is not finite the
+weights are p, so that the loss is not finite either.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +17,9 @@ import torch
 from torch import Tensor
 
 from rd_kernels.objectives.base import Batch, Objective, Update, check_choice, check_number
+from rd_kernels.rules import RULES
 
-__all__ = ["ERM", "CVaR", "ChiSquare"]
+__all__ = ["ERM", "KL", "CVaR", "ChiSquare", "Tilted", "WorstGroup"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +35,90 @@ class ERM(Objective):
 
 
 @dataclass(frozen=True)
-class CVaR(Objective):
-    """Conditional value at risk: the mean loss of the worst share ``alpha`` of the batch, whole groups first.
+class WorstGroup(Objective):
+    """max_g m_g, over the groups of the batch; groups that tie share the weight."""
 
-    max sum_g w_g m_g  over  sum_g w_g = 1, 0 <= w_g <= p_g / alpha  (Levy et al. 2020, arXiv 2010.05893, with groups
-    in place of rows; Sagawa et al.'s code calls the like "greedy"). Solved exactly by sorting. ``alpha`` = 1 is the
-    mean over rows; a small one is the worst group. No state: q stays as it is. Give each text or row an id of its own
-    as its group for DRO without groups.
+    @property
+    def rule(self) -> str:
+        return "worst_group"
+
+
+class _Mixtures(Objective):
+    """What the objectives over mixtures w of a batch's groups or rows share. ``base`` and ``over`` are fields of each."""
+
+    base: Literal["rows", "groups"]
+    over: Literal["groups", "rows"]
+
+    @property
+    def over_rows(self) -> bool:
+        return self.over == "rows"
+
+    def _check_choices(self) -> None:
+        check_choice("base", self.base, ("rows", "groups"))
+        check_choice("over", self.over, ("groups", "rows"))
+        if self.over == "rows" and self.base == "groups":
+            raise ValueError(
+                "base must be 'rows' with over='rows', which does not look at groups; got 'groups'"
+            )
+
+    def _means_and_shares(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """m and p, [G] each, 0 for an absent group. Where a mean is not finite, all are 0: of equal ones each of
+        these objectives makes p."""
+        size = batch.counts if self.base == "rows" else batch.present.to(batch.counts.dtype)
+        usable = batch.present & torch.isfinite(batch.means).all()
+        return torch.where(usable, batch.means, 0), size / size.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Tilted(_Mixtures):
+    """Tilted risk (TERM, Li et al. 2021, arXiv 2007.01162, equation 2): weights proportional to p_g exp(t m_g).
+
+    The gradient is that of (1/t) log sum_g p_g exp(t m_g). The value of the loss is sum_g w_g m_g with the same w, larger
+    by KL(w || p) / t. ``t`` = 0 is the mean under p, t to infinity the worst group, to minus infinity the best one.
+
+    Args:
+        t: finite, at most 1e200 in size: times a float32 loss it must not overflow float64. Negative values play
+            large losses down, against wrong labels.
+        base: what p is: "rows", the groups' shares of the batch's rows, or "groups", the same for every group present.
+        over: "groups", or "rows": each row of the batch has a weight of its own and the groups are for the report
+            only; ``base`` must be "rows".
+
+    Raises:
+        ValueError, TypeError: an argument outside what is said above.
+    """
+
+    t: float
+    base: Literal["rows", "groups"] = "rows"
+    over: Literal["groups", "rows"] = "groups"
+
+    def __post_init__(self) -> None:
+        check_number("t", self.t, -1e200, 1e200)
+        self._check_choices()
+
+    @property
+    def rule(self) -> str | None:
+        return None if self.over_rows else f"tilted_{self.base}"
+
+    @property
+    def rate(self) -> float:
+        return float(self.t)
+
+    def update(self, batch: Batch, q: Tensor, memory: Tensor) -> Update:
+        _, _, weights = RULES[f"tilted_{self.base}"](batch.sums, batch.counts, q, self.rate, None)
+        return Update(weights)
+
+
+@dataclass(frozen=True)
+class CVaR(_Mixtures):
+    """Conditional value at risk: the mean loss of the worst share ``alpha`` of the batch.
+
+    max sum_g w_g m_g  over  sum_g w_g = 1, 0 <= w_g <= p_g / alpha  (over rows: Levy et al. 2020, arXiv 2010.05893;
+    Sagawa et al.'s code calls the form over groups "greedy"). Exact, by sorting; groups that tie share in proportion
+    to p. ``alpha`` = 1 is the mean under p; a small one is the worst group.
 
     Args:
         alpha: in (0, 1].
-        base: what p is: "rows", the groups' shares of the batch's rows, or "groups", the same for every group present.
+        base, over: as in :class:`Tilted`.
 
     Raises:
         ValueError, TypeError: an argument outside what is said above.
@@ -47,34 +126,38 @@ class CVaR(Objective):
 
     alpha: float
     base: Literal["rows", "groups"] = "rows"
+    over: Literal["groups", "rows"] = "groups"
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha)
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], got {self.alpha}")
-        check_choice("base", self.base, ("rows", "groups"))
+        self._check_choices()
 
     def update(self, batch: Batch, q: Tensor, memory: Tensor) -> Update:
-        _, order, shares = _worst_first(batch, self.base)
-        before = shares.cumsum(0) - shares
-        taken = torch.minimum(shares, (self.alpha - before).clamp(min=0))
-        # Divided by their sum, not by alpha: rounding leaves them on the simplex.
-        weights = taken / taken.sum().clamp(min=torch.finfo(taken.dtype).tiny)
-        return _in_order(weights, order)
+        means, shares = self._means_and_shares(batch)
+        ordered, order = torch.where(batch.present, means, -torch.inf).sort(descending=True)
+        # The largest loss that, with all that are larger, makes up alpha; none where rounding lets them all stay below.
+        threshold = torch.where(shares[order].cumsum(0) >= self.alpha, ordered, -torch.inf).amax()
+        beyond = torch.where(means > threshold, shares, 0)
+        at = torch.where(means == threshold, shares, 0)
+        tiny = torch.finfo(at.dtype).tiny
+        portion = ((self.alpha - beyond.sum()) / at.sum().clamp(min=tiny)).clamp(0, 1)
+        return Update(_normalised(beyond + portion * at))
 
 
 @dataclass(frozen=True)
-class ChiSquare(Objective):
-    """The worst mixture of groups in a chi-square ball around the batch's own.
+class ChiSquare(_Mixtures):
+    """The worst mixture in a chi-square ball around the batch's own.
 
-    max sum_g w_g m_g  over the simplex with  1/2 sum_g p_g (w_g / p_g - 1)^2 <= rho  (Namkoong and Duchi 2016; Levy et
-    al. 2020, arXiv 2010.05893, with groups in place of rows). w_g is proportional to p_g max(m_g - eta, 0); eta is
-    found exactly, by sorting, instead of by bisection. ``rho`` = 0 is the mean over rows; from 1/2 (1/p - 1) on, p that
-    of the worst group, all weight is on it. No state: q stays as it is.
+    max sum_g w_g m_g  over the simplex with  1/2 sum_g p_g (w_g / p_g - 1)^2 <= rho  (Namkoong and Duchi 2016; over rows:
+    Levy et al. 2020, arXiv 2010.05893). w_g is proportional to p_g max(m_g - eta, 0); eta is found exactly, by sorting,
+    instead of by bisection. ``rho`` = 0 is the mean under p; from 1/2 (1/p - 1) on, p that of the worst group, all
+    weight is on it.
 
     Args:
         rho: finite, >= 0.
-        base: what p is, as in :class:`CVaR`.
+        base, over: as in :class:`Tilted`.
 
     Raises:
         ValueError, TypeError: an argument outside what is said above.
@@ -82,13 +165,18 @@ class ChiSquare(Objective):
 
     rho: float
     base: Literal["rows", "groups"] = "rows"
+    over: Literal["groups", "rows"] = "groups"
 
     def __post_init__(self) -> None:
         check_number("rho", self.rho, 0)
-        check_choice("base", self.base, ("rows", "groups"))
+        self._check_choices()
 
     def update(self, batch: Batch, q: Tensor, memory: Tensor) -> Update:
-        means, order, shares = _worst_first(batch, self.base)
+        means, base = self._means_and_shares(batch)
+        if self.rho == 0:
+            return Update(base)
+        means, order = torch.where(batch.present, means, -torch.inf).sort(descending=True)
+        shares = base[order]
         mass = shares.cumsum(0)
         # Had the k worst groups all the weight, the constraint would be met at eta_k, with their mean and variance:
         # (mean_k - eta_k)^2 (mass_k (1 + 2 rho) - 1) = variance_k.
@@ -105,19 +193,82 @@ class ChiSquare(Objective):
         excess = shares * (centred - torch.where(solves, eta, -torch.inf).amax()).clamp(min=0)
         worst = torch.where(centred == 0, shares, 0)  # the ball reaches past them, or all groups are equal
         weights = torch.where(solves.any(), excess, worst)
+        return Update(_normalised(torch.zeros_like(weights).scatter(0, order, weights)))
+
+
+@dataclass(frozen=True)
+class KL(_Mixtures):
+    """The worst mixture in a Kullback-Leibler ball around the batch's own.
+
+    max sum_g w_g m_g  over the simplex with  sum_g w_g log(w_g / p_g) <= rho  (Hu and Hong 2013). The weights are those
+    of :class:`Tilted` at the t >= 0 whose divergence is ``rho``: an objective with its tilt set by a radius, whatever the
+    scale of the losses. ``rho`` = 0 is the mean under p; from -log p on, p that of the worst group, all weight is on it.
+
+    t is found by a search with a fixed number of steps, 32 candidates in each. The weights never leave the ball by more
+    than rounding, and their divergence is within 1e-9 of ``rho``, relatively.
+
+    Args:
+        rho: finite, >= 0.
+        base, over: as in :class:`Tilted`.
+
+    Raises:
+        ValueError, TypeError: an argument outside what is said above.
+    """
+
+    rho: float
+    base: Literal["rows", "groups"] = "rows"
+    over: Literal["groups", "rows"] = "groups"
+
+    def __post_init__(self) -> None:
+        check_number("rho", self.rho, 0)
+        self._check_choices()
+
+    def update(self, batch: Batch, q: Tensor, memory: Tensor) -> Update:
+        means, shares = self._means_and_shares(batch)
         if self.rho == 0:
-            weights = shares
-        return _in_order(weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny), order)
+            return Update(shares)
+        largest = torch.where(batch.present, means, -torch.inf).amax()
+        spread = largest - torch.where(batch.present, means, torch.inf).amin()
+        # [G] in [-1, 0]: from here on the scale of the losses is gone, and t is a multiple of 1 / spread.
+        depth = torch.where(batch.present, (means - largest) / torch.where(spread > 0, spread, 1), 0)
+        worst = torch.where(depth == 0, shares, 0)
+        tilted = shares * _log_ratio(shares, depth, _log_tilt(shares, depth, self.rho)[None]).exp()[0]
+        return Update(_normalised(torch.where(self.rho >= -worst.sum().log(), worst, tilted)))
 
 
-def _worst_first(batch: Batch, base: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean losses in descending order (absent groups last, as -inf), that order, and the base distribution in it."""
-    counts = batch.counts
-    means, order = torch.where(batch.present, batch.means, -torch.inf).sort(descending=True, stable=True)
-    size = counts if base == "rows" else (counts > 0).to(counts.dtype)
-    return means, order, (size / size.sum().clamp(min=1))[order]
+_CANDIDATES, _STEPS = 32, 10  # 32^10 = 1e15: after the last step log t is known to the precision of float64
 
 
-def _in_order(weights: Tensor, order: Tensor) -> Update:
-    """Sorted weights -> what ``update`` returns."""
-    return Update(torch.zeros_like(weights).scatter(0, order, weights))
+def _log_tilt(
+    shares: Tensor,  # [G]
+    depth: Tensor,  # [G] in [-1, 0]
+    rho: float,
+) -> Tensor:
+    """[] log of the largest t <= 1e25 at which the tilted weights are in the ball."""
+    # The divergence is at most t^2 / 8 (the variance of depth under any weights is at most 1/4), so this t is inside.
+    least = 0.5 * (math.log(8) + math.log(rho))
+    low, width = shares.new_full((), least), max(math.log(1e25) - least, 0.0)
+    parts = torch.arange(_CANDIDATES, dtype=shares.dtype, device=shares.device) / _CANDIDATES
+    for _ in range(_STEPS):
+        candidates = low + width * parts
+        ratio = _log_ratio(shares, depth, candidates)
+        # sum p (r log r - r + 1), r = w / p: no term is negative, so that small divergences keep their digits.
+        divergence = (shares * (ratio.exp() * ratio - ratio.expm1())).sum(1)
+        low = torch.where(divergence <= rho, candidates, low).amax()
+        width /= _CANDIDATES
+    return low
+
+
+def _log_ratio(
+    shares: Tensor,  # [G]
+    depth: Tensor,  # [G] in [-1, 0]
+    log_tilt: Tensor,  # [K]
+) -> Tensor:
+    """[K, G] log(w / p) of the weights w proportional to p exp(t depth)."""
+    exponent = log_tilt.exp()[:, None] * depth
+    return exponent - torch.log1p((shares * exponent.expm1()).sum(1, keepdim=True))
+
+
+def _normalised(weights: Tensor) -> Tensor:
+    """Onto the simplex, to the last bit of rounding; all 0 for a batch without rows."""
+    return weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
