@@ -56,7 +56,9 @@ def canonical_groups(
             return pack(groups.reshape(rows, num_groups).contiguous())
         if per_sequence and given[1:] == (num_groups,):
             words = pack(groups.contiguous())
-            return words.reshape(leading[0], *ones, -1).expand(*leading, -1).reshape(rows, -1).contiguous()
+            width = words.shape[1]  # by its number: -1 is not known where there are no rows
+            words = words.reshape(leading[0], *ones, width).expand(*leading, width)
+            return words.reshape(rows, width).contiguous()
         allowed = [[*leading, num_groups]] + ([[leading[0], num_groups]] if deep else [])
         raise ValueError(
             f"groups, a bool mask, must have shape {' or '.join(map(str, allowed))}, got {list(given)}"
@@ -84,7 +86,7 @@ def membership(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     if groups.dtype == torch.int32:
         member = (groups[:, group // 32] >> (group % 32).to(torch.int32)) & 1 == 1
         return member, torch.ones(groups.shape[0], dtype=torch.bool, device=groups.device)
-    lists = groups.reshape(groups.shape[0], -1)
+    lists = groups[:, None] if groups.dim() == 1 else groups
     member = torch.zeros((groups.shape[0], num_groups), dtype=torch.bool, device=groups.device)
     for ids in lists.unbind(1):
         member = member | (ids[:, None] == group)
