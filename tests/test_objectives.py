@@ -93,6 +93,8 @@ def test_cvar_solves_its_linear_program(groups, alpha, kind):
         b_eq=[1],
         bounds=[(0, share / alpha) for share in shares],
         method="highs",
+        # Its own 1e-7 calls losses that differ by less the same.
+        options={"dual_feasibility_tolerance": 1e-10, "primal_feasibility_tolerance": 1e-10},
     )
     assert weights @ means == pytest.approx(-solved.fun, abs=1e-8)
 
@@ -173,7 +175,7 @@ def divergence_of(weights, shares):
         return float(total)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(groups=BATCHES, rho=st.floats(1e-6, 3), kind=BASES)
 def test_kl_attains_the_dual_bound(groups, rho, kind):
     """No mixture in the ball can exceed  min over t > 0 of (rho + log sum p exp(t m)) / t  (Hu and Hong 2013)."""
@@ -182,16 +184,16 @@ def test_kl_attains_the_dual_bound(groups, rho, kind):
     weights = weights_of(rd.KL(rho, kind), counts, means)
     assert weights.sum() == pytest.approx(1, abs=1e-14)
     assert (weights >= 0).all()
-    assert divergence_of(weights, shares) <= rho * (1 + 1e-9) + 1e-15
+    assert divergence_of(weights, shares) <= rho * (1 + 1e-9)
     there = shares > 0
 
     def bound(log_t):
         return (rho + logsumexp(math.exp(log_t) * means[there], b=shares[there])) / math.exp(log_t)
 
-    least = min(
-        minimize_scalar(bound, bounds=(low, low + 10), method="bounded", options={"xatol": 1e-10}).fun
-        for low in range(-20, 40, 5)
-    )
+    nearest = min(np.linspace(-20, 40, 121), key=bound)  # quasi-convex: the least is beside it
+    least = minimize_scalar(
+        bound, bounds=(nearest - 0.5, nearest + 0.5), method="bounded", options={"xatol": 1e-10}
+    ).fun
     assert weights @ means == pytest.approx(least, abs=1e-7)
 
 
@@ -203,7 +205,7 @@ def test_kl_reaches_its_radius(rho, scale, over):
     losses = np.random.default_rng(1).gamma(2, size=100)
     losses[:2] = losses.max() * np.array([2, 2 + 1e-9])
     weights = weights_of(rd.KL(rho, over=over), np.ones(100), scale * losses)
-    assert divergence_of(weights, np.full(100, 0.01)) == pytest.approx(rho, rel=1e-9)
+    assert divergence_of(weights, np.full(100, 0.01)) == pytest.approx(rho, rel=1e-7)
 
 
 @settings(deadline=None, max_examples=100)
@@ -252,6 +254,10 @@ def test_limits():
         np.testing.assert_allclose(weights_of(objective, counts, means), worst, atol=1e-12)
     assert weights_of(rd.KL(math.log(2) - 1e-3), counts, means)[2] < 1 - 1e-4  # not before
     np.testing.assert_allclose(weights_of(rd.Tilted(-1e3), counts, means), best)
+    for objective in (rd.ChiSquare(0.3), rd.KL(0.3), rd.CVaR(0.3)):  # whatever the scale of the losses
+        expected = weights_of(objective, counts, means)
+        for scale in (1e-300, 1e38):
+            np.testing.assert_allclose(weights_of(objective, counts, scale * means), expected, rtol=1e-9)
     for objective in (rd.ChiSquare(0.3), rd.KL(0.3), rd.Tilted(7.0), rd.CVaR(0.3)):
         np.testing.assert_allclose(weights_of(objective, counts, np.full(4, 2.0)), erm)
 
@@ -499,8 +505,13 @@ def test_no_value_is_read_on_the_host(objective):
 
 def test_every_update_compiles_in_one_graph():
     batch = batch_of([3.0, 0.0, 5.0, 2.0, 4.0], [1.0, 0.0, 4.0, 2.5, 3.0])
-    rows = [rd.KL(0.3, over="rows"), rd.CVaR(0.3, over="rows"), rd.Tilted(0.3, over="rows")]
-    for objective in STATELESS + STATEFUL + rows:
+    stateless = [
+        rd.KL(0.3, over="rows"),
+        rd.CVaR(0.3),
+        rd.ChiSquare(0.3, "groups"),
+        rd.Tilted(0.3, over="rows"),
+    ]
+    for objective in stateless + STATEFUL[2:]:
         arguments = (batch._replace(adjustment=objective.adjustment_for(5)), *start(objective, 5))
         torch.compiler.reset()
         compiled = torch.compile(objective.update, fullgraph=True, backend="aot_eager")(*arguments)
@@ -518,6 +529,7 @@ def test_every_update_compiles_in_one_graph():
         (lambda: rd.CVaR("0.1"), TypeError, "alpha must be a number, got str"),
         (lambda: rd.ChiSquare(-1.0), ValueError, "rho must be finite and >= 0, got -1.0"),
         (lambda: rd.ChiSquare(math.nan), ValueError, "rho must be finite and >= 0, got nan"),
+        (lambda: rd.KL(-1e-9), ValueError, "rho must be finite and >= 0, got -1e-09"),
         (lambda: rd.KL(math.inf), ValueError, "rho must be finite and >= 0, got inf"),
         (lambda: rd.KL(True), TypeError, "rho must be a number, got bool"),
         (lambda: rd.Tilted(2e200), ValueError, r"t must be finite and >= -1e\+200 and <= 1e\+200, got 2e\+200"),
@@ -560,7 +572,7 @@ def test_bad_choices_of_base_and_over(make):
         make(0.5, "texts")
     with pytest.raises(ValueError, match="over must be 'groups' or 'rows', got 'tokens'"):
         make(0.5, over="tokens")
-    with pytest.raises(ValueError, match="base must be 'rows' with over='rows'.*got 'groups'"):
+    with pytest.raises(ValueError, match=r"base must be 'rows' with over='rows'.*got 'groups'"):
         make(0.5, "groups", "rows")
 
 
