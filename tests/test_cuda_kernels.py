@@ -124,7 +124,9 @@ def test_one_kernel_or_three_same_bits(cuda, rows, vocabulary, num_groups, maske
     """The fused forward is the separate steps, and leaves its counters at zero for the next kernel."""
     logits, labels = make(rows, vocabulary, torch.float32)
     labels[::5] = IGNORE
-    groups = torch.rand(rows, num_groups) < 0.1 if masked else torch.randint(-1, num_groups, (rows,))
+    groups = torch.randint(-1, num_groups, (rows,))
+    if masked:
+        groups = cuda.pack_mask(torch.rand(rows, num_groups) < 0.1)
     q, adjustment = torch.softmax(torch.randn(num_groups), 0), torch.rand(num_groups)
     arguments = ("group_dro_hold", 0.3, adjustment)
     separate_q = q.clone()
@@ -142,7 +144,7 @@ def test_one_kernel_or_three_same_bits(cuda, rows, vocabulary, num_groups, maske
 
 
 def test_a_large_step_does_not_overflow(cuda):
-    """step_size times the loss is beyond float32's range, not beyond double's."""
+    """The rate times the loss is beyond float32's range, not beyond double's."""
     stats = torch.tensor([[1e30, 1.0, 0, 0], [1.0, 1.0, 0, 2], [0.0] * 4, [0.0] * 4])
     q = torch.tensor([0.5, 0.5])
     cuda.group_update(stats, torch.zeros(2, dtype=torch.int64), q, "group_dro", 1e20, None)
@@ -200,7 +202,7 @@ def test_a_failed_launch_names_the_kernel(cuda):
     native = cuda._native
     queue = native.Queue(99, 0)
     with pytest.raises(RuntimeError, match=r"CUDA kernel row_scale: .*cudaErrorInvalidDevice"):
-        native.row_scale(queue, 0, 0, 1, native.Groups(0, 0, 1), 0)
+        native.row_scale(queue, 0, 0, 1, native.Groups(0, 0, 1, 1), 0)
 
 
 def test_rows_that_overlap_are_not_overwritten(cuda):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 
 MEMORY = "address,undefined"
 SUITES = [  # two processes
-    ("tests/test_conformance.py", "tests/test_gpu_groups.py"),
+    ("tests/test_conformance.py", "tests/test_gpu_groups.py", "tests/test_gpu_rules.py"),
     ("tests/test_cuda_kernels.py", "tests/test_gpu_kernels.py"),
 ]
 
