@@ -56,9 +56,8 @@ def canonical_groups(
             return pack(groups.reshape(rows, num_groups).contiguous())
         if per_sequence and given[1:] == (num_groups,):
             words = pack(groups.contiguous())
-            width = words.shape[1]  # by its number: -1 is not known where there are no rows
-            words = words.reshape(leading[0], *ones, width).expand(*leading, width)
-            return words.reshape(rows, width).contiguous()
+            per_token = words.reshape(leading[0], *ones, words.shape[1]).expand(*leading, words.shape[1])
+            return per_token.reshape(rows, words.shape[1]).contiguous()
         allowed = [[*leading, num_groups]] + ([[leading[0], num_groups]] if deep else [])
         raise ValueError(
             f"groups, a bool mask, must have shape {' or '.join(map(str, allowed))}, got {list(given)}"

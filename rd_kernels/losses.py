@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -141,6 +142,10 @@ class _GroupLoss(nn.Module):
     @property
     def process_group(self) -> Any:
         return self.settings.process_group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self.settings = dataclasses.replace(self.settings, process_group=process_group)
 
     def set_adjustment(self, adjustment: Tensor | Sequence[float]) -> None:
         """What Group DRO adds to each group's mean loss from now on, [G], finite, in place of the size adjustment.

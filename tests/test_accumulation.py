@@ -87,6 +87,9 @@ def test_misuse_says_what_is_missing():
         with pytest.raises(RuntimeError, match="inside"), loss_fn.accumulate():
             pass
         window.observe(hidden, weight, labels, groups)
+        loss_fn(hidden, weight, labels, groups)
+        with pytest.raises(RuntimeError, match="1 micro-batches were observed, this is one more"):
+            loss_fn(hidden, weight, labels, groups)
     with pytest.raises(RuntimeError, match="1 micro-batches were observed, but the loss was called 0 times"):  # noqa: SIM117
         with loss_fn.accumulate() as window:
             window.observe(hidden, weight, labels, groups)

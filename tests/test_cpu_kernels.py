@@ -71,6 +71,16 @@ def assert_no_worse(value, eager, exact, epsilon, case):
     assert error(value, exact) <= error(eager, exact) + epsilon * max(largest, 1e-9), case
 
 
+def entropies(logits: Tensor) -> Tensor:
+    """[N] of the softmax in nats, in the dtype of the logits; p = 0 adds 0."""
+    log_p = logits.log_softmax(dim=1)
+    return -torch.where(log_p.exp() == 0, 0, log_p.exp() * log_p).sum(dim=1)
+
+
+def number_above(logits: Tensor, labels: Tensor) -> Tensor:
+    return (~(logits <= logits.gather(1, labels[:, None]))).sum(dim=1).float()
+
+
 @pytest.mark.parametrize("kind", ["plain", "weights", "smoothing", "weights and smoothing"])
 def test_rows(poisoned, isa, kind):
     shapes = [*itertools.product(VOCABULARIES, ROWS), (128256, 1)]
@@ -111,6 +121,88 @@ def test_softmax_minus_onehot(poisoned, isa):
         assert torch.equal(fused[1][0], separate[1][0]), case
         torch.testing.assert_close(fused[1][1], separate[1][1], rtol=1e-6, atol=1e-6)
         assert torch.equal(fused[2], separate[2]), case
+
+
+@pytest.mark.parametrize(
+    "spread", [1e-3, 1.0, 5.0, 40.0], ids=["near uniform", "flat", "peaked", "near certain"]
+)
+def test_details(poisoned, isa, spread):
+    """Entropies against float64, beside eager float32; counts exactly; neither changes the row pass by a bit."""
+    shapes = [*itertools.product(VOCABULARIES, [0, 1, 17]), (2500, 17), (128256, 2)]
+    for (vocabulary, rows), dtype in itertools.product(shapes, DTYPES):
+        case = f"V={vocabulary}, N={rows}, {dtype}"
+        logits = (torch.randn(rows, vocabulary) * spread + 20 * torch.randn(rows, 1)).to(dtype)
+        labels, weight = torch.randint(vocabulary, (rows,)), torch.rand(vocabulary)
+        exact, eager = entropies(logits.double()), entropies(logits.float())
+        plain = backend.row_forward(logits, labels, weight, 0.1, -100)
+        details = torch.full((2, rows + 3), torch.nan)
+        results = backend.row_forward(logits, labels, weight, 0.1, -100, details[:, :rows])
+        assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True)), case
+        assert_no_worse(details[0, :rows], eager, exact, EPSILON[torch.float32], case)
+        assert torch.equal(details[1, :rows], number_above(logits, labels)), case
+        assert torch.equal(details[1, :rows] == 0, results[2] == HIT), case
+        assert details[:, rows:].isnan().all(), case
+        fused = torch.full((2, rows), torch.nan)
+        backend.softmax_minus_onehot_(logits, labels, -100, fused)
+        assert_no_worse(fused[0], eager, exact, EPSILON[torch.float32], case)
+        assert torch.equal(fused[1], details[1, :rows]), case
+
+
+def test_details_keep_the_precision_of_a_small_entropy(isa):
+    """Relative to it, not to the logits; the two that have all probability in one block or in different ones."""
+    gaps = torch.tensor([2.0, 10, 15, 20, 25])
+    for vocabulary, place in itertools.product([2, 100, 5000, 40000], [0, 1, -1]):
+        logits = torch.full((5, vocabulary), -torch.inf)
+        logits[:, place] = 1e3
+        logits[:, place - 1] = 1e3 - gaps
+        details = torch.empty(2, 5)
+        backend.row_forward(logits, torch.full((5,), vocabulary - 1), None, 0.0, -100, details)
+        odds = torch.exp(-gaps.double())
+        exact = torch.log1p(odds) + gaps * odds / (1 + odds)
+        torch.testing.assert_close(details[0].double(), exact, rtol=2e-6, atol=0)
+
+
+def test_details_where_one_logit_has_all_probability(isa):
+    for vocabulary, rest in itertools.product([1, 2, 33, 3000, 20000], [-torch.inf, -200.0, -3e38]):
+        logits = torch.full((1, vocabulary), rest)
+        logits[0, -1] = 1.0
+        details = torch.empty(2, 1)
+        backend.row_forward(logits, torch.zeros(1, dtype=torch.int64), None, 0.0, -100, details)
+        assert details[:, 0].tolist() == [0, vocabulary > 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_details_of_ties_nan_and_infinity(isa, dtype):
+    """And of rows that do not count, whatever they hold."""
+    nan, inf = torch.nan, torch.inf
+    rows = [
+        ([1.0, 3, 3], 1, 0),
+        ([3.0, 1, 2], 1, 2),
+        ([nan, 1, 2], 2, 1),
+        ([nan, 1, 2], 0, 2103),
+        ([1.0, inf, 2], 1, 0),
+        ([1.0, inf, 2], 2, 1),
+        ([-inf, -inf, -inf], 0, 0),
+        ([1.0, -inf, 2], 1, 2),
+        ([nan, nan, nan], -100, 0),
+        ([1.0, 2, 3], 3, nan),
+    ]
+    # Behind 2100 logits of -inf: the label and what is above it lie in different blocks.
+    logits = torch.tensor([[-inf] * 2100 + values for values, *_ in rows], dtype=dtype)
+    labels = torch.tensor([label + 2100 if label >= 0 else label for _, label, _ in rows])
+    above = torch.tensor([count for *_, count in rows])
+    finite = [0, 1, 7]
+    for in_place in (False, True):
+        details, z = torch.full((2, 10), -1.0), logits.clone()
+        if in_place:
+            backend.softmax_minus_onehot_(z, labels, -100, details)
+        else:
+            backend.row_forward(z, labels, None, 0.0, -100, details)
+        torch.testing.assert_close(details[1], above, equal_nan=True)
+        expected = torch.full((10,), nan)
+        expected[finite] = entropies(logits[finite].double()).float()
+        expected[8] = 0
+        torch.testing.assert_close(details[0], expected, equal_nan=True, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -319,11 +411,12 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, rows, vocabu
     results = []
     for count in (1, 2, 5):
         threads(count)
-        forward = backend.row_forward(logits, labels, weight, 0.1, -100)
+        details = torch.empty(2, 2, rows)
+        forward = backend.row_forward(logits, labels, weight, 0.1, -100, details[0])
         gradient = backend.row_backward(None, scale, logits, labels, forward[1], weight, 0.1, -100)
         overwritten = logits.clone()
-        fused = backend.softmax_minus_onehot_(overwritten, labels, -100)
-        results.append((*forward, gradient, *fused, overwritten))
+        fused = backend.softmax_minus_onehot_(overwritten, labels, -100, details[1])
+        results.append((*forward, gradient, *fused, overwritten, details))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -13,9 +13,10 @@ def arguments(backend):
     labels = torch.tensor([3, -100, 0, 6, 2])
     logits, groups = torch.randn(5, 7), torch.tensor([0, 1, 1, -1, 2])
     mask = torch.rand(5, 3) < 0.5
+    bits, lists = ops.pack_mask(mask, backend), torch.tensor([[0, -1], [1, 2], [-1, -1], [2, 0], [1, 1]])
     weight, q, adjustment = torch.rand(7), torch.tensor([0.2, 0.5, 0.3]), torch.rand(3)
     rows = ops.row_forward(logits, labels, weight, 0.1, -100, backend)
-    row_loss, normaliser, outcome = ops.row_forward(logits, labels, None, 0.0, -100, backend)
+    row_loss, normaliser, outcome, _ = ops.row_forward(logits, labels, None, 0.0, -100, backend)
     stats, status = ops.group_reduce(row_loss, outcome, groups, 7, 3, backend)
     hidden, decoder, bias = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7)
     shape = (7, -100, 5, 3, 2, False)
@@ -34,12 +35,14 @@ def arguments(backend):
         ],
         "grouped_forward": [
             (logits, labels, groups, q.clone(), "group_dro", 0.1, adjustment, -100),
-            (logits, labels, mask, q.clone(), "erm", 0.0, None, -100),
+            (logits, labels, bits, q.clone(), "erm", 0.0, None, -100),
+            (logits, labels, lists, q.clone(), "tilted_rows", 2.0, None, -100),
         ],
-        "group_reduce": [(row_loss, outcome, groups, 7, 3), (row_loss, outcome, mask, 7, 3)],
+        "group_reduce": [(row_loss, outcome, groups, 7, 3), (row_loss, outcome, bits, 7, 3)],
         "group_update": [(stats.clone(), status, q.clone(), "group_dro", 0.1, None)],
-        "row_scale": [(torch.rand(3), outcome, groups), (torch.rand(3), outcome, mask)],
+        "row_scale": [(torch.rand(3), outcome, groups), (torch.rand(3), outcome, bits)],
         "reduce_and_update": [(row_loss, outcome, groups, q.clone(), "group_dro", 0.1, adjustment, 7)],
+        "pack_mask": [(mask,)],
         "compact": [(labels, -100)],
         "linear_forward": [
             (hidden, decoder, bias, labels, None, *shape),
@@ -47,18 +50,18 @@ def arguments(backend):
             (hidden, decoder, bias, labels, index, *some),
         ],
         "linear_backward": [
-            (torch.tensor(2.0), torch.rand(5), *linear[3:], linear[1], hidden, decoder, bias, labels, None, None,
+            (torch.tensor(2.0), torch.rand(5), *linear[4:], linear[1], hidden, decoder, bias, labels, None, None,
              *shape, [True, True, True]),
-            (torch.tensor(2.0), torch.rand(5), *linear[3:], linear[1], hidden, decoder, None, labels, None, None,
+            (torch.tensor(2.0), torch.rand(5), *linear[4:], linear[1], hidden, decoder, None, labels, None, None,
              *shape, [True, False, False]),
-            (torch.tensor(2.0), torch.rand(5), *sparse[3:], sparse[1], hidden, decoder, bias, labels, index, position,
+            (torch.tensor(2.0), torch.rand(5), *sparse[4:], sparse[1], hidden, decoder, bias, labels, index, position,
              *some, [True, True, True]),
         ],
     }  # fmt: skip
 
 
 OPS = ["row_forward", "row_backward", "row_backward_", "grouped_forward", "group_reduce", "group_update",
-       "row_scale", "reduce_and_update", "compact", "linear_forward", "linear_backward"]  # fmt: skip
+       "row_scale", "reduce_and_update", "pack_mask", "compact", "linear_forward", "linear_backward"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -182,11 +182,16 @@ void store_tail(const Chunk& chunk, Element* out, int64_t count) {
   __builtin_memcpy(out, buffer, static_cast<uint64_t>(count) * sizeof(Element));
 }
 
-// y becomes exp(-y) for y >= 0; exactly 1 at 0, some number at NaN. By -y = n log(2) + r, |r| <= log(2)/2,
-// exp(-y) = 2^n exp(r). log(2) is split so that n times its first part is exact; the polynomial is the
-// minimax one of degree 6 with its first two coefficients held at 1 (relative error 2e-9, by Lawson's
-// algorithm).
-RD_INLINE void exponentials(Chunk& y) {
+// No further than exponentials_within goes; NaN stays NaN.
+RD_INLINE void limit(Chunk& y) {
+  for (Floats& v : y.v) v = lesser(all(kLargestExponent), v);
+}
+
+// y becomes exp(-y) for 0 <= y <= kLargestExponent; exactly 1 at 0, some number at NaN. By -y = n log(2) + r,
+// |r| <= log(2)/2, exp(-y) = 2^n exp(r). log(2) is split so that n times its first part is exact; the
+// polynomial is the minimax one of degree 6 with its first two coefficients held at 1 (relative error 2e-9,
+// by Lawson's algorithm).
+RD_INLINE void exponentials_within(Chunk& y) {
   constexpr float kLog2E = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
   constexpr float kCoefficients[] = {0.0013836794532835484f,
@@ -198,7 +203,6 @@ RD_INLINE void exponentials(Chunk& y) {
                                      1.0f};
   Floats n[kVectors], p[kVectors];
   Ints exponent[kVectors];
-  for (Floats& v : y.v) v = lesser(v, all(kLargestExponent));
   for (int k = 0; k < kVectors; ++k) n[k] = kRound - y.v[k] * kLog2E;
   for (int k = 0; k < kVectors; ++k) exponent[k] = bits_of(n[k]) << 23;
   for (int k = 0; k < kVectors; ++k) n[k] -= kRound;
@@ -211,13 +215,22 @@ RD_INLINE void exponentials(Chunk& y) {
   for (int k = 0; k < kVectors; ++k) y.v[k] = of_bits(bits_of(p[k]) + exponent[k]);
 }
 
-// NaN is never larger: it is passed over here and shows in the sum of exponentials.
-template <class Element>
-float maximum(const Element* z, int64_t count, float start) {
+// The same for any y >= 0.
+RD_INLINE void exponentials(Chunk& y) {
+  limit(y);
+  exponentials_within(y);
+}
+
+// NaN is never larger: it is passed over here and shows in the sum of exponentials. With details, logits that
+// are not <= the label's are counted on the way, where there is more time than in that sum.
+template <bool kDetails, class Element>
+float maximum(const Element* z, int64_t count, float start, float z_label, int64_t& above) {
+  Ints not_below = {};
   Chunk largest;
   for (Floats& v : largest.v) v = all(start);
   const auto take = [&](const Chunk& chunk) __attribute__((always_inline)) {
     for (int k = 0; k < kVectors; ++k) largest.v[k] = larger(chunk.v[k], largest.v[k]);
+    for (int k = 0; k < kVectors; ++k) not_below -= kDetails ? ~(chunk.v[k] <= z_label) : Ints{};
   };
   int64_t j = 0;
   for (; j + kChunk <= count; j += kChunk) take(load_chunk(z + j));
@@ -225,6 +238,7 @@ float maximum(const Element* z, int64_t count, float start) {
   for (const Floats& v : largest.v) {
     for (int lane = 0; lane < kLanes; ++lane) start = v[lane] > start ? v[lane] : start;
   }
+  for (int lane = 0; lane < kLanes; ++lane) above += not_below[lane];
   return start;
 }
 
@@ -239,30 +253,25 @@ float sum_of(const Chunk& chunk) {
 // terms would be lost beside the 1 of the largest logit, and with them the whole loss of a row that is nearly
 // certain; where the block holds that logit (kSeparate) each 1 is counted apart.
 template <bool kSeparate, bool kDetails, class Element>
-void add_exponentials(const Element* z, int64_t count, float shift, float z_label, Scan& total) {
-  Chunk sums = {}, distances = {};
-  Floats spread = {};
-  Ints ones = {}, above = {};
+void add_exponentials(const Element* z, int64_t count, float shift, Scan& total) {
+  Chunk sums = {}, distances = {};  // with details the distances are weighted by their exponentials
+  Ints ones = {};
   const auto add = [&](Chunk x) __attribute__((always_inline)) {
     Ints is_one[kVectors];
-    if (kDetails) {
-      for (const Floats& v : x.v) above -= ~(v <= all(z_label));
-    }
     for (Floats& v : x.v) v = shift - v;
     for (int k = 0; k < kVectors; ++k) is_one[k] = x.v[k] == 0.0f;
-    for (int k = 0; k < kVectors; ++k) distances.v[k] += x.v[k];
-    Chunk products = x;
-    exponentials(x);
+    if (!kDetails) {
+      for (int k = 0; k < kVectors; ++k) distances.v[k] += x.v[k];
+    }
+    limit(x);
+    const Chunk distance = x;
+    exponentials_within(x);
+    if (kDetails) {
+      for (int k = 0; k < kVectors; ++k) distances.v[k] += distance.v[k] * x.v[k];
+    }
     for (int k = 0; k < kVectors; ++k)
       sums.v[k] += kSeparate ? of_bits(~is_one[k] & bits_of(x.v[k])) : x.v[k];
     for (int k = 0; k < kVectors; ++k) ones -= kSeparate ? is_one[k] : Ints{};
-    if (kDetails) {
-      for (int k = 0; k < kVectors; ++k) {
-        Floats& distance = products.v[k];
-        distance = of_bits((distance < kLargestExponent) & bits_of(distance)) * x.v[k];
-      }
-      spread += (products.v[0] + products.v[1]) + (products.v[2] + products.v[3]);
-    }
   };
   int64_t j = 0;
   for (; j + kChunk <= count; j += kChunk) {
@@ -273,14 +282,11 @@ void add_exponentials(const Element* z, int64_t count, float shift, float z_labe
     add(load_chunk(z + j));
   }
   if (j < count) add(load_chunk(Tail<Element>(z + j, count - j, minus_infinity(z)).elements));
-  // Distances are not negative, so their sum is NaN where one of them is, and only there.
+  // Distances are not negative, so their sum, weighted or not, is NaN where one of them is, and only there.
   const float distance = sum_of(distances);
+  total.spread += distance;
   total.sum += distance != distance ? kNaN : static_cast<double>(sum_of(sums));
-  for (int lane = 0; lane < kLanes; ++lane) {
-    total.sum += ones[lane];
-    total.spread += spread[lane];
-    total.above += above[lane];
-  }
+  for (int lane = 0; lane < kLanes; ++lane) total.sum += ones[lane];
 }
 
 template <bool kDetails, class Element>
@@ -290,7 +296,7 @@ Scan scan(const void* logits, int64_t count, float z_label) {
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t size = smaller(kBlock, count - start);
     const float before = result.largest;
-    result.largest = maximum(z + start, size, before);
+    result.largest = maximum<kDetails>(z + start, size, before, z_label, result.above);
     // Subtracting the maximum of a block that is all -inf would make NaN of it.
     const float shift = result.largest == -kInfinity ? 0.0f : result.largest;
     if (result.largest > before) {
@@ -303,9 +309,9 @@ Scan scan(const void* logits, int64_t count, float z_label) {
         result.spread = rise < kLargestExponent ? rescale.v[0][0] * (result.spread + rise * result.sum) : 0;
       }
       result.sum *= rescale.v[0][0];
-      add_exponentials<true, kDetails>(z + start, size, shift, z_label, result);
+      add_exponentials<true, kDetails>(z + start, size, shift, result);
     } else {
-      add_exponentials<false, kDetails>(z + start, size, shift, z_label, result);
+      add_exponentials<false, kDetails>(z + start, size, shift, result);
     }
   }
   return result;

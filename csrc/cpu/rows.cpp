@@ -21,6 +21,11 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // results must not depend on the number of threads.
 constexpr int64_t kSegment = 1 << 14;
 
+// Logits more than 87 below the largest have a probability of 0 here. Each adds at most 87 exp(-87)
+// = 1.43e-36 to a scan's spread, as do up to 63 of -inf that fill up its last vectors. Where no more than
+// that may be from others, which is this for every logit, the entropy is exactly 0.
+constexpr double kSpreadOfZero = 64 * 1.5e-36;
+
 // What finishing a row costs besides its segments, in logits.
 constexpr int64_t kRowCost = 128;
 
@@ -155,7 +160,8 @@ void write_counted(const Rows& rows, const Target& target, const Summary& summar
   const bool nan = std::isnan(sum) && has_nan(rows, i);
   results.outcome[i] = z_label >= largest && !nan ? kHit : kMiss;
   if (wants_details(results)) {
-    results.details.entropy[i] = static_cast<float>(log_sum + spread / sum);
+    const bool spreads = spread > static_cast<double>(rows.vocabulary) * kSpreadOfZero;
+    results.details.entropy[i] = static_cast<float>(log_sum + (spreads ? spread / sum : 0));
     // No logit is <= NaN, nor is what fills a vector up.
     results.details.above[i] = static_cast<float>(std::isnan(z_label) ? rows.vocabulary : above);
   }
