@@ -340,3 +340,46 @@ def _doremi(objective, means, counts, excess, q, memory, present):
     count = updates[0] + 1
     running = [(before * (count - 1) + weight) / count for before, weight in zip(average, new, strict=True)]
     return weights, new, [scores, running, [count] * len(q)]
+
+
+def assert_agrees(
+    loss_fn: torch.nn.Module,
+    oracle: Oracle,
+    inputs: list[Tensor],  # logits [..., V]; or hidden [..., D], weight [V, D], bias [V]; float32 or float64
+    labels: Tensor,
+    groups: Tensor | None = None,
+    reference: Tensor | None = None,
+    rtol: float = 1e-5,
+) -> Tensor:
+    """A call of a loss in float32 against the oracle: loss, gradients, state and report. -> the loss.
+
+    For batches without ties and objectives that are not steep: the oracle weighs its own losses.
+    """
+    leaves = [each.detach().clone().requires_grad_() for each in inputs]
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    first, weight, bias = leaves[0], leaves[1:2], leaves[2:] or [None]
+    loss = loss_fn(first, *weight, labels, groups, *(bias if weight else []), reference)
+    logits = F.linear(*exact) if weight else exact[0]
+    expected = oracle.step(logits.reshape(-1, logits.shape[-1]), labels, groups, reference)
+    close = {"rtol": rtol, "atol": rtol / 10, "equal_nan": True}
+
+    def same(got: Any, want: Any) -> None:
+        got, want = (torch.as_tensor(each, dtype=torch.float64) for each in (got, want))
+        torch.testing.assert_close(got, want, **close)
+
+    same(loss.detach(), expected.loss.detach())
+    for got, want in zip(
+        torch.autograd.grad(loss, leaves, retain_graph=True), torch.autograd.grad(expected.loss, exact), strict=True
+    ):
+        same(got, want)
+    same(loss_fn.group_weights, expected.q)
+    same(loss_fn.memory, torch.tensor(expected.memory).reshape(loss_fn.memory.shape))
+    report = loss_fn.report()
+    columns = [*report.by_group.values(), report.ungrouped, report.overall]
+    assert [column.count for column in columns] == expected.counts
+    same([column.weight for column in columns[:-2]], expected.weights)
+    for name, means in expected.means.items():
+        got = [getattr(column, name) for column in columns]
+        if got[0] is not None:
+            same(got, means)
+    return loss
