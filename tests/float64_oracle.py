@@ -43,7 +43,9 @@ class Expected:
     q: list[float]
     memory: list[list[float]]
     counts: list[int]  # by group, then of the units in none, then of all
-    means: dict[str, list[float]]  # of the same: loss, accuracy, entropy, top_k_accuracy, excess; NaN without units
+    means: dict[
+        str, list[float]
+    ]  # of the same: loss, accuracy, entropy, top_k_accuracy, excess; NaN without units
 
 
 @dataclass
@@ -76,7 +78,10 @@ class Oracle:
         Weights jump where losses tie, and a steep objective multiplies a rounding of the losses by its step size. So
         what was measured is compared first, and then the weights are those of the very losses that were measured.
         """
-        counted, flat = units_of(labels, groups, self.num_groups, self.level, self.ignore_index), labels.reshape(-1)
+        counted, flat = (
+            units_of(labels, groups, self.num_groups, self.level, self.ignore_index),
+            labels.reshape(-1),
+        )
         logits = torch.where((flat == self.ignore_index)[:, None], 0, logits)  # whatever ignored rows hold
         values = row_values(logits, flat, self.ignore_index, self.top_k, reference)
         counts, means = group_means(values, counted, self.num_groups)
@@ -94,7 +99,11 @@ class Oracle:
                 for group in range(self.num_groups)
             ]
         else:
-            given = seen.means[: self.num_groups], seen.counts[: self.num_groups], seen.excess[: self.num_groups]
+            given = (
+                seen.means[: self.num_groups],
+                seen.counts[: self.num_groups],
+                seen.excess[: self.num_groups],
+            )
             weights, self.q, self.memory = weigh(self.objective, *given, self.q, self.memory)
             by_unit = {
                 u: math.fsum(weights[group] / counts[group] for group in unit.groups)
@@ -142,7 +151,10 @@ def row_values(
 ) -> dict[str, Tensor]:
     """[N] each, 0 for rows without a label. ``ahead`` is added to the label's logit where it is ranked."""
     losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
-    values = {name: torch.zeros(len(labels), dtype=torch.float64) for name in ("accuracy", "entropy", "top_k_accuracy")}
+    values = {
+        name: torch.zeros(len(labels), dtype=torch.float64)
+        for name in ("accuracy", "entropy", "top_k_accuracy")
+    }
     for row, label in enumerate(labels.tolist()):
         if label != ignore_index:
             z = logits[row].tolist()
@@ -172,13 +184,17 @@ def group_means(
     values: dict[str, Tensor], units: list[Unit], num_groups: int
 ) -> tuple[list[int], dict[str, list[float]]]:
     """Counts [G + 2] and means by name: of each group, of the units in no group, of all."""
-    columns = [[u for u, unit in enumerate(units) if unit.rows and g in unit.groups] for g in range(num_groups)]
+    columns = [
+        [u for u, unit in enumerate(units) if unit.rows and g in unit.groups] for g in range(num_groups)
+    ]
     columns.append([u for u, unit in enumerate(units) if unit.rows and not unit.groups])
     columns.append([u for u, unit in enumerate(units) if unit.rows])
     means = {}
     for name, value in values.items():
         of_unit = unit_means(value.tolist(), units)
-        means[name] = [math.fsum(of_unit[u] for u in column) / len(column) if column else NAN for column in columns]
+        means[name] = [
+            math.fsum(of_unit[u] for u in column) / len(column) if column else NAN for column in columns
+        ]
     return [len(column) for column in columns], means
 
 
@@ -186,7 +202,12 @@ def group_means(
 
 
 def weigh(
-    objective: Any, means: list[float], counts: list[int], excess: list[float], q: list[float], memory: list[list[float]]
+    objective: Any,
+    means: list[float],
+    counts: list[int],
+    excess: list[float],
+    q: list[float],
+    memory: list[list[float]],
 ) -> tuple[list[float], list[float], list[list[float]]]:
     """-> weights of the group means, new q, new memory."""
     present = [g for g, n in enumerate(counts) if n]
@@ -195,7 +216,9 @@ def weigh(
         if not present:
             nothing = q if name == "GroupDRO" else [0.0] * len(q)
             return list(nothing), q, memory
-        return (_group_dro if name == "GroupDRO" else _doremi)(objective, means, counts, excess, q, memory, present)
+        return (_group_dro if name == "GroupDRO" else _doremi)(
+            objective, means, counts, excess, q, memory, present
+        )
     weights = [0.0] * len(counts)
     if present:
         by_rows = getattr(objective, "base", "rows") == "rows"
@@ -277,7 +300,9 @@ def _kl(objective: Any, m: list[float], p: list[float]) -> list[float]:
     def at(log_t: float) -> list[float]:
         return _tilted([(mean - max(m)) / spread for mean in m], p, math.exp(log_t))
 
-    root = brentq(lambda log_t: _kl_divergence(at(log_t), p) - objective.rho, -30, 90, xtol=1e-13, maxiter=500)
+    root = brentq(
+        lambda log_t: _kl_divergence(at(log_t), p) - objective.rho, -30, 90, xtol=1e-13, maxiter=500
+    )
     return at(root)
 
 
@@ -313,7 +338,9 @@ def _group_dro(objective, means, counts, excess, q, memory, present):
             average[g] = means[g] if math.isnan(average[g]) else (1 - gamma) * average[g] + gamma * means[g]
             losses[g] = average[g]
         memory = [average]
-    size = objective.adjustment if isinstance(objective.adjustment, tuple) else [objective.adjustment] * len(q)
+    size = (
+        objective.adjustment if isinstance(objective.adjustment, tuple) else [objective.adjustment] * len(q)
+    )
     logs = [_log(weight) for weight in q]
     for g in present:
         bonus = size[g] / math.sqrt(objective.group_counts[g]) if objective.group_counts else 0.0
@@ -369,7 +396,9 @@ def assert_agrees(
 
     same(loss.detach(), expected.loss.detach())
     for got, want in zip(
-        torch.autograd.grad(loss, leaves, retain_graph=True), torch.autograd.grad(expected.loss, exact), strict=True
+        torch.autograd.grad(loss, leaves, retain_graph=True),
+        torch.autograd.grad(expected.loss, exact),
+        strict=True,
     ):
         same(got, want)
     same(loss_fn.group_weights, expected.q)

@@ -109,7 +109,9 @@ def test_cell_over_rows(backend, entry, op):
     assert_agrees(make(G, objective, backend=backend), Oracle(objective, G), inputs(op), labels, groups)
 
 
-@pytest.mark.parametrize("entry", [entry for entry in OBJECTIVES if entry not in OVER_ROWS], ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry", [entry for entry in OBJECTIVES if entry not in OVER_ROWS], ids=lambda entry: entry.name
+)
 def test_an_empty_cell_is_refused(entry):
     with pytest.raises(TypeError, match="over"):
         dataclasses.replace(entry.objective, over="rows")
@@ -130,7 +132,9 @@ def test_the_columns_about_the_objective(entry):
 
 def test_every_objective_has_a_row():
     public = {getattr(rd, name) for name in rd.__all__}
-    family = {each for each in public if isinstance(each, type) and issubclass(each, rd.Objective)} - {rd.Objective}
+    family = {each for each in public if isinstance(each, type) and issubclass(each, rd.Objective)} - {
+        rd.Objective
+    }
     assert {type(entry.objective) for entry in OBJECTIVES} == family
 
 
@@ -147,7 +151,9 @@ def test_an_objective_of_ones_own_runs_everywhere(backend):
         for op in ("logits", "linear"):
             make = rd.GroupDROLoss if op == "logits" else rd.LinearGroupDROLoss
             labels, groups, _ = batch(form)
-            assert_agrees(make(G, WorstGroup(), backend=backend), Oracle(WorstGroup(), G), inputs(op), labels, groups)
+            assert_agrees(
+                make(G, WorstGroup(), backend=backend), Oracle(WorstGroup(), G), inputs(op), labels, groups
+            )
 
 
 def test_the_readme_has_this_table():

@@ -46,7 +46,10 @@ def losses(logits, labels):
 
 
 def sequence_means(logits, labels):
-    return [row.sum().item() / max(int((y != -100).sum()), 1) for row, y in zip(losses(logits, labels), labels, strict=True)]
+    return [
+        row.sum().item() / max(int((y != -100).sum()), 1)
+        for row, y in zip(losses(logits, labels), labels, strict=True)
+    ]
 
 
 def grouped(form, ids):
@@ -80,7 +83,9 @@ def test_a_groups_loss_is_the_mean_of_its_sequences_means(backend):
 
 def test_the_levels_differ(backend):
     logits, labels, groups, _ = batch()
-    by_level = {level: rd.GroupDROLoss(G, rd.ERM(), backend=backend, level=level) for level in ("token", "sequence")}
+    by_level = {
+        level: rd.GroupDROLoss(G, rd.ERM(), backend=backend, level=level) for level in ("token", "sequence")
+    }
     loss = {level: loss_fn(logits, labels, groups).item() for level, loss_fn in by_level.items()}
     labelled, rows = (labels != -100) & (groups >= 0)[:, None], losses(logits, labels)
     assert loss["token"] == pytest.approx(rows[labelled].mean().item(), rel=1e-6)
@@ -140,7 +145,11 @@ def test_cvar_over_rows_is_the_mean_of_the_worst(backend, level):
     """Rockafellar and Uryasev 2000; sorted here, not in the oracle."""
     logits, labels, _, _ = batch()
     loss = rd.GroupDROLoss(1, rd.CVaR(0.2, over="rows"), backend=backend, level=level)(logits, labels)
-    rows = losses(logits, labels)[labels != -100].tolist() if level == "token" else sequence_means(logits, labels)
+    rows = (
+        losses(logits, labels)[labels != -100].tolist()
+        if level == "token"
+        else sequence_means(logits, labels)
+    )
     worst = sorted(rows, reverse=True)[: 3 if level == "token" else 1]  # a fifth of 15 tokens, of 5 sequences
     assert loss.item() == pytest.approx(sum(worst) / len(worst), rel=1e-6)
 
@@ -182,7 +191,9 @@ def test_more_axes_than_two(backend):
     loss_fn = rd.GroupDROLoss(G, backend=backend, level="sequence")
     cubes = [each.reshape(B, T, 1, *each.shape[2:]) for each in (logits, labels)]
     loss = loss_fn(*cubes, groups)
-    torch.testing.assert_close(loss, rd.GroupDROLoss(G, backend=backend, level="sequence")(logits, labels, groups))
+    torch.testing.assert_close(
+        loss, rd.GroupDROLoss(G, backend=backend, level="sequence")(logits, labels, groups)
+    )
 
 
 def test_errors():
@@ -201,8 +212,8 @@ def test_errors():
     with pytest.raises(ValueError, match="groups: 1 labelled rows have an id outside"):
         loss_fn(logits, labels, torch.tensor([0, 1, 1, 0, 3, 1]))
     loss_fn(logits, labels, torch.tensor([0, 1, 77, 0, -1, 1]))  # a sequence without a label: nobody looks
+    labels[0, 0] = V
     with pytest.raises(ValueError, match="labels: 1 of them are neither ignore_index nor in"):
-        labels[0, 0] = V
         loss_fn(logits, labels, groups)
 
 

@@ -203,16 +203,16 @@ def groups_of(case: Case, leading: tuple[int, ...]) -> Tensor | None:
         ids = torch.randint(-1, case.num_groups, shape)
     else:
         places = (1, 3) if of_sequences and case.level == "token" and len(leading) > 1 else (3,)
-        ids = torch.randint(-1, min(case.num_groups, 6), (*shape, *places))  # of few groups, so that some repeat
+        ids = torch.randint(
+            -1, min(case.num_groups, 6), (*shape, *places)
+        )  # of few groups, so that some repeat
     return torch.where(absent[ids] & (ids >= 0), -1, ids)
 
 
 def check(case: Case, backend: str) -> None:
     torch.manual_seed(case.seed)
     make = rd.GroupDROLoss if case.op == "logits" else rd.LinearGroupDROLoss
-    loss_fn = make(
-        case.num_groups, case.objective, backend=backend, level=case.level, entropy=True, top_k=3
-    )
+    loss_fn = make(case.num_groups, case.objective, backend=backend, level=case.level, entropy=True, top_k=3)
     # Some kernels do more at once where no further statistics are asked for.
     plain = make(case.num_groups, case.objective, backend=backend, level=case.level)
     cuts = [slice(0, 1), slice(1, 1), slice(1, None)] if case.call == "accumulate" else [slice(None)]
@@ -280,9 +280,7 @@ def measured_units(loss_fn: Any, batch: Batch, cuts: list[slice]) -> list[float]
     return losses
 
 
-def compare_measured(
-    case: Case, batch: Batch, columns: list, seen: Measured, expected: Expected
-) -> None:
+def compare_measured(case: Case, batch: Batch, columns: list, seen: Measured, expected: Expected) -> None:
     """Means, against float64 with eager torch at this dtype as the yardstick."""
     labels, exact = batch.labels.reshape(-1), batch.logits([each.detach().double() for each in batch.inputs])
     logits = batch.logits([each.detach() for each in batch.inputs])
@@ -306,13 +304,18 @@ def compare_measured(
     apart = 2 * (float((logits.double() - exact).abs().max()) if len(exact) else 0.0) + 2 * rounded
     for name in ("accuracy", "top_k_accuracy"):
         bounds = [
-            means_of({name: row_values(exact, labels, -100, 3, None, ahead)[name]}, counted, case.num_groups)[1][name]
+            means_of({name: row_values(exact, labels, -100, 3, None, ahead)[name]}, counted, case.num_groups)[
+                1
+            ][name]
             for ahead in (-apart, apart)
         ]
         for column, least, most in zip(columns, *bounds, strict=True):
             if column.count:
                 assert least - 1e-6 <= getattr(column, name) <= most + 1e-6, name
-    wanted, plain = unit_means(F.cross_entropy(exact, labels, reduction="none").tolist(), counted), unit_means(eager.tolist(), counted)
+    wanted, plain = (
+        unit_means(F.cross_entropy(exact, labels, reduction="none").tolist(), counted),
+        unit_means(eager.tolist(), counted),
+    )
     for unit, got, want, eager_loss in zip(counted, seen.units, wanted, plain, strict=False):
         if unit.rows and unit.groups:
             assert abs(got - want) <= abs(eager_loss - want) + epsilon * (1 + abs(want))
@@ -321,7 +324,9 @@ def compare_measured(
 def compare_weights(case: Case, columns: list, loss: float, loss_fn: Any, expected: Expected) -> None:
     """Weights, q and memory of the means that were measured: in float64, rounded once to float32."""
     rounding = {"rel": 2e-6, "abs": 1e-9}
-    if case.objective.adjustment_for(case.num_groups) is not None:  # kept in float32, then times the step size
+    if (
+        case.objective.adjustment_for(case.num_groups) is not None
+    ):  # kept in float32, then times the step size
         rounding["rel"] += case.objective.step_size * 2.0**-24 * 20
     weights = [column.weight for column in columns[: case.num_groups]]
     assert weights == pytest.approx(expected.weights, **rounding)
@@ -331,7 +336,12 @@ def compare_weights(case: Case, columns: list, loss: float, loss_fn: Any, expect
 
 
 def compare_gradients(
-    case: Case, batch: Batch, exact: list[Tensor], gradients: list[Tensor], cuts: list[slice], expected: Expected
+    case: Case,
+    batch: Batch,
+    exact: list[Tensor],
+    gradients: list[Tensor],
+    cuts: list[slice],
+    expected: Expected,
 ) -> None:
     wanted = torch.autograd.grad(expected.loss, exact, retain_graph=True)
     scale = expected.row_scale.reshape(batch.labels.shape)
@@ -443,14 +453,18 @@ def check_plain(case: PlainCase, backend: str) -> None:
         torch.autograd.grad(loss, leaf, grad_out.to(loss.dtype))[0]
         for loss, leaf in ((got, logits), (wanted, exact), (plain, eager))
     ]
-    largest = gradients[1].abs().nan_to_num().amax(dim=None, keepdim=True) if exact.numel() else exact.detach()
+    largest = (
+        gradients[1].abs().nan_to_num().amax(dim=None, keepdim=True) if exact.numel() else exact.detach()
+    )
     close(*gradients, 2 * largest, case.dtype)
 
 
 def close(got: Tensor, want: Tensor, eager: Tensor, size: Tensor, dtype: torch.dtype) -> None:
     want, eager = want.detach(), eager.detach().double()
     assert torch.equal(got.isfinite(), want.isfinite())
-    allowed = (eager - want).abs() + EPSILON[dtype] * size + torch.finfo(dtype).smallest_normal * EPSILON[dtype]
+    allowed = (
+        (eager - want).abs() + EPSILON[dtype] * size + torch.finfo(dtype).smallest_normal * EPSILON[dtype]
+    )
     error = (got.detach().double() - want).abs()
     assert (error <= allowed)[want.isfinite()].all()
 

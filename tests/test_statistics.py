@@ -33,7 +33,11 @@ def losses_of(op, backend, **options):
 
 
 def call(op, hidden, weight, bias, labels, groups):
-    return (F.linear(hidden, weight, bias), labels, groups) if op == "logits" else (hidden, weight, labels, groups, bias)
+    return (
+        (F.linear(hidden, weight, bias), labels, groups)
+        if op == "logits"
+        else (hidden, weight, labels, groups, bias)
+    )
 
 
 def columns(report):
@@ -129,14 +133,20 @@ def test_rows_that_are_not_finite(backend):
     above = int((logits[1] > logits[1, 2]).sum()) + 1
     hits = [stats.top_k_accuracy for stats in report.by_group.values()][:6]
     assert hits == [1, float(above < V - 1), 1, 1, 0, 0]
-    assert loss_fn.group_weights.tolist() == [pytest.approx(1 / 7)] * 7  # one bad batch does not destroy the state
+    assert (
+        loss_fn.group_weights.tolist() == [pytest.approx(1 / 7)] * 7
+    )  # one bad batch does not destroy the state
 
 
 def test_they_are_not_there_unless_asked_for():
     for options, present in (({"top_k": 2}, "top_k_accuracy"), ({"entropy": True}, "entropy")):
         loss_fn = rd.GroupDROLoss(G, **options)
         loss_fn(torch.randn(N, V), torch.randint(V, (N,)), torch.randint(G, (N,)))
-        given = {name for name in ("entropy", "top_k_accuracy", "excess") if getattr(loss_fn.report().overall, name) is not None}
+        given = {
+            name
+            for name in ("entropy", "top_k_accuracy", "excess")
+            if getattr(loss_fn.report().overall, name) is not None
+        }
         assert given == {present}
 
 
@@ -259,7 +269,10 @@ def test_compiled_without_a_graph_break(op):
 def test_what_a_checkpoint_holds():
     """The state, and nothing that belongs to a report."""
     assert list(losses_of("logits", "auto").state_dict()) == ["group_weights"]
-    assert list(losses_of("linear", "auto", objective=rd.DoReMi()).state_dict()) == ["group_weights", "memory"]
+    assert list(losses_of("linear", "auto", objective=rd.DoReMi()).state_dict()) == [
+        "group_weights",
+        "memory",
+    ]
 
 
 def test_totals_stay_in_float64():
