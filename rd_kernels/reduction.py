@@ -244,6 +244,8 @@ def weigh(units: Tensor, settings: Settings) -> Tensor:
     everyone, own = units, slice(None)
     if distributed.world_size(settings.process_group) is not None:
         everyone, own = distributed.join(units, settings.process_group)
+    if everyone.shape[1] == 0:  # nothing to look for a maximum in
+        return everyone[1]
     nothing = everyone.new_zeros((0, everyone.shape[1]))
     with torch.no_grad():
         weights, *_ = settings.objective.update(Batch(everyone[0], everyone[1]), nothing.sum(0), nothing)
