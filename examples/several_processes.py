@@ -83,6 +83,15 @@ def load_checkpoint(run: RunDirectory, ranks: int) -> dict | None:
     return state
 
 
+def join(backend: str, timeout: timedelta) -> tuple[int, int]:
+    """init_process_group -> rank, ranks. torchrun's store outlives the processes that it starts: without a name of its
+    own an attempt may find the addresses of the dead there, and waits for them (pytorch issue 135712)."""
+    store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    return rank, ranks
+
+
 @record  # torchrun's summary then says what was raised
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,8 +115,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=options.timeout))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = join("nccl" if on_gpu else "gloo", timedelta(seconds=options.timeout))
 
     # Everything that is drawn depends on the seed and on the place in the run, never on what was drawn before: so the
     # ranks agree, and a run that was resumed goes on as if nothing had happened.
