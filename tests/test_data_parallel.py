@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -45,7 +46,7 @@ HANG, LOST = (
     3.0,
     60.0,
 )  # seconds that the others wait for a rank that sleeps, and at most for one that is gone
-PATIENCE = 240.0  # for processes that take 20 seconds on an idle machine
+PATIENCE = 480.0  # for processes that take 20 seconds on an idle machine
 
 
 class Case(NamedTuple):
@@ -129,38 +130,36 @@ def wrap(model: Model, case: Case, ranks: int) -> Any:
     return DistributedDataParallel(model)
 
 
-def train(case: Case, model: Model, wrapped: Any, ranks: int, rank: int | None) -> list[Any]:
-    """A few optimizer steps -> [loss, q, gradients..., parameters...] of each."""
+def train(case: Case, model: Model, wrapped: Any, data: Callable[[int], Any]) -> list[Any]:
+    """A few optimizer steps over the batches number 0, 1, ... -> [loss, q, gradients..., parameters...] of each."""
 
-    def run(data: tuple[Any, ...], call: Any = None) -> Any:
+    def run(batch: Any, call: Any = None) -> Any:
         if case.wrapper == "ddp_outside":
-            x, labels, groups = data
+            x, labels, groups = batch
             return model.loss(wrapped(x), labels, groups, call or model.loss_fn)
-        return wrapped(*data, call)
+        return wrapped(*batch, call)
 
     def without_sync(k: int) -> Any:
-        if isinstance(wrapped, DistributedDataParallel) and k < MICRO - 1:
-            return wrapped.no_sync()
-        if case.wrapper.startswith("fsdp") and wrapped is not None and rank is not None:
+        if case.wrapper == "fsdp":
             wrapped.set_requires_gradient_sync(k == MICRO - 1)
-        return nullcontext()
+        return wrapped.no_sync() if case.wrapper.startswith("ddp") and k < MICRO - 1 else nullcontext()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     steps: list[Any] = []
     for step in range(STEPS):
         optimizer.zero_grad()
         if case.accumulation == "none":
-            losses = [run(batch(case, step, ranks, rank))]
+            losses = [run(data(step))]
             losses[0].backward()
         else:
             exact, losses = case.accumulation == "exact", []
-            data = [batch(case, step * MICRO + k, ranks, rank) for k in range(MICRO)]
+            batches = [data(step * MICRO + k) for k in range(MICRO)]
             with model.loss_fn.accumulate() if exact else nullcontext() as window:
                 if window is not None:
                     with torch.no_grad():
-                        for each in data:
+                        for each in batches:
                             run(each, window.observe)
-                for k, each in enumerate(data):
+                for k, each in enumerate(batches):
                     with without_sync(k):
                         losses.append(run(each) if exact else run(each) / MICRO)
                         losses[-1].backward()
@@ -178,33 +177,23 @@ def whole(tensor: Any) -> torch.Tensor:
 
 def expected(case: Case, ranks: int) -> list[Any]:
     """One process with the joined batches; for exact accumulation all micro-batches in one."""
-    model = Model(case)
-    if case.accumulation != "exact":
-        return train(case._replace(wrapper="none"), model, model, ranks, None)
 
     def joined(step: int) -> Any:
         parts = [batch(case, step * MICRO + k, ranks, None) for k in range(MICRO)]
-        return map(torch.cat, zip(*parts, strict=True))
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
-    optimizer, steps = torch.optim.SGD(model.parameters(), lr=0.5), []
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = model(*joined(step))
-        loss.backward()
-        gradients = [whole(parameter.grad) for parameter in model.parameters()]
-        optimizer.step()
-        steps.append(
-            [loss.detach(), model.loss_fn.group_weights.clone(), *gradients, *map(whole, model.parameters())]
-        )
-    return steps
+    model, alone = Model(case), case._replace(wrapper="none")
+    if case.accumulation == "exact":
+        return train(alone._replace(accumulation="none"), model, model, joined)
+    return train(alone, model, model, lambda number: batch(case, number, ranks, None))
 
 
 AUTOCAST = [Case(op, "decay", "unequal", "ids", "ddp") for op in OPS]
 
 
-def autocast_step(case: Case, model: Model, wrapped: Any, ranks: int, rank: int | None) -> list[Any]:
+def autocast_step(model: Model, wrapped: Any, data: tuple[Any, ...]) -> list[Any]:
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
-        loss = wrapped(*batch(case, 0, ranks, rank))
+        loss = wrapped(*data)
     loss.backward()
     return [loss.detach(), model.loss_fn.group_weights, *(whole(p.grad) for p in model.parameters())]
 
@@ -218,9 +207,7 @@ def lose_a_rank(rank: int, folder: Path) -> None:
         if rank == 1 and name == "ends":
             os._exit(3)
         if rank == 1:
-            while not all(
-                (folder / f"told{other}").exists() for other in range(dist.get_world_size()) if other != 1
-            ):
+            while len(list(folder.glob("told*"))) < dist.get_world_size() - 1:
                 time.sleep(0.05)
             continue
         model, started = Model(case, group), time.monotonic()
@@ -253,14 +240,15 @@ def worker(rank: int, ranks: int, folder: Path, device: str) -> None:
         return model, wrap(model, case, ranks)
 
     for case in CASES:
-        results[case] = train(case, *make(case), ranks, rank)
+        data = partial(batch, case, ranks=ranks, rank=rank)
+        results[case] = train(case, *make(case), data)
         if case.split == "unequal":
-            results[case, "again"] = train(case, *make(case), ranks, rank)
+            results[case, "again"] = train(case, *make(case), data)
     for case in AUTOCAST:
-        results[case, "autocast"] = autocast_step(case, *make(case), ranks, rank)
+        results[case, "autocast"] = autocast_step(*make(case), batch(case, 0, ranks, rank))
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
-    if not on_gpu:  # NCCL tells of a lost rank only where its result is waited for
+    if not on_gpu:  # where NCCL would end the process and raise nothing
         lose_a_rank(rank, folder)
     dist.destroy_process_group()
 
@@ -308,7 +296,7 @@ def check_again(ranks: Ranks, case: Case) -> None:
 def check_autocast(ranks: Ranks, case: Case) -> None:
     """Weight gradients are sums over a rank's rows, rounded to bfloat16: an error of 2^-9 of each rank's part."""
     model = Model(case)
-    loss, q, *gradients = autocast_step(case, model, model, len(ranks.results), None)
+    loss, q, *gradients = autocast_step(model, model, batch(case, 0, len(ranks.results), None))
     assert (loss.dtype, q.dtype) == (torch.float32, torch.float32)
     for rank in ranks.results:
         own_loss, own_q, *own_gradients = rank[case, "autocast"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 60, 5
-PATIENCE = 240  # seconds for what takes 20 on an idle machine
+PATIENCE = 300  # seconds for what takes 20 on an idle machine
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds processes in /proc")
 
@@ -154,17 +155,30 @@ def test_a_broken_run_started_again(uninterrupted: str, broken: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_processes_killed_while_batches_are_accumulated(folder: Path) -> None:
+def test_three_processes_and_torchrun_killed_while_batches_are_accumulated(folder: Path) -> None:
     options = "--accumulate", "2", "--batch-size", "4"
-    with Launch(folder / "accumulated", *options) as launch:
+    with Launch(folder / "accumulated", *options, ranks=3) as launch:
         expected = launch.finish()
-    with Launch(folder / "down", *options) as launch:
+    with Launch(folder / "down", *options, ranks=3) as launch:
         wait_for((folder / "down" / "checkpoint.pt").is_file, launch)
-        assert len(launch.kill_all()) == 2
+        assert len(launch.kill_all()) == 3
         assert "finished" not in launch.text
-    with Launch(folder / "down", *options) as launch:
+    with Launch(folder / "down", *options, ranks=3) as launch:
         assert launch.finish() == expected
         assert SAVE_EVERY <= resumed_after(launch) < STEPS
-    with Launch(folder / "down", *options) as launch:  # nothing is left to do
+    with Launch(folder / "down", *options, ranks=3) as launch:  # nothing is left to do
         assert launch.finish() == expected
         assert resumed_after(launch) == STEPS
+
+
+@pytest.mark.slow
+def test_a_saved_model_and_a_corpus_of_ones_own(folder: Path) -> None:
+    """More processes than the last batch of an epoch has texts: one of them runs a text without labels."""
+    example = runpy.run_path(str(ROOT / "examples" / "several_processes.py"))
+    sentences = example["made_up_sentences"]()[::2]
+    for part in example["tiny_bert"](sentences):
+        part.save_pretrained(folder / "model")
+    (folder / "corpus.txt").write_text("\n".join(sentence.text for sentence in sentences))
+    options = "--model", str(folder / "model"), "--corpus", str(folder / "corpus.txt"), "--min-texts", "5"
+    with Launch(folder / "saved", *options, "--batch-size", "1") as launch:
+        assert "'gender:female': 0." in launch.finish()
