@@ -155,20 +155,31 @@ def test_a_broken_run_started_again(uninterrupted: str, broken: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_processes_and_torchrun_killed_while_batches_are_accumulated(folder: Path) -> None:
-    options = "--accumulate", "2", "--batch-size", "4"
-    with Launch(folder / "accumulated", *options, ranks=3) as launch:
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun_and_all_workers_killed_while_batches_are_accumulated(ranks: int, folder: Path) -> None:
+    """Two numbers have one sum. Of three, DDP adds in another order in the first step of a process than later, when it
+    has seen in which order gradients come, so the last bits are others."""
+    options, out = ("--accumulate", "2", "--batch-size", "4"), folder / f"down{ranks}"
+    with Launch(folder / f"accumulated{ranks}", *options, ranks=ranks) as launch:
         expected = launch.finish()
-    with Launch(folder / "down", *options, ranks=3) as launch:
-        wait_for((folder / "down" / "checkpoint.pt").is_file, launch)
-        assert len(launch.kill_all()) == 3
+    with Launch(out, *options, ranks=ranks) as launch:
+        wait_for((out / "checkpoint.pt").is_file, launch)
+        assert len(launch.kill_all()) == ranks
         assert "finished" not in launch.text
-    with Launch(folder / "down", *options, ranks=3) as launch:
-        assert launch.finish() == expected
+    with Launch(out, *options, ranks=ranks) as launch:
+        line = launch.finish()
         assert SAVE_EVERY <= resumed_after(launch) < STEPS
-    with Launch(folder / "down", *options, ranks=3) as launch:  # nothing is left to do
-        assert launch.finish() == expected
+    if ranks == 2:
+        assert line == expected
+    else:
+        assert numbers(line) == pytest.approx(numbers(expected), rel=1e-5)
+    with Launch(out, *options, ranks=ranks) as launch:  # nothing is left to do
+        assert launch.finish() == line
         assert resumed_after(launch) == STEPS
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d\.\d+", line)]
 
 
 @pytest.mark.slow
