@@ -50,8 +50,7 @@ def made_up_sentences() -> list[Example]:
         "makes it",
     )
     where = "in the city", "near the river", "at home", "after dinner", "on Monday", "with a friend"
-    texts = map(" ".join, product(who, does, where))
-    return [Example(text, document=text) for text in texts]
+    return [Example(text, document=text) for text in map(" ".join, product(who, does, where))]
 
 
 def tiny_bert(examples: list[Example]):
@@ -69,6 +68,26 @@ def tiny_bert(examples: list[Example]):
         intermediate_size=128, max_position_embeddings=64,
     )  # fmt: skip
     return BertForMaskedLM(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def backward(inputs, loss_fn, batches: list[dict], seeds: list[int]) -> torch.Tensor:
+    """The gradients of one step -> its loss, that of all ranks' batches as of one: the same number on each rank."""
+
+    def run(k):
+        torch.manual_seed(seeds[k])  # a batch that is run twice has the same dropout masks twice
+        return inputs(batches[k])
+
+    losses = []
+    with nullcontext() if len(batches) == 1 else loss_fn.accumulate() as window:
+        if window is not None:
+            with torch.no_grad():
+                for k in range(len(batches)):
+                    window.observe(*run(k))
+        for k in range(len(batches)):
+            with nullcontext() if k == len(batches) - 1 else inputs.no_sync():
+                losses.append(loss_fn(*run(k)))
+                losses[-1].backward()
+    return torch.stack(losses).detach().sum()
 
 
 def load_checkpoint(run: RunDirectory, ranks: int) -> dict | None:
@@ -123,11 +142,11 @@ def main() -> None:
     examples = load_corpus(options.corpus) if options.corpus else made_up_sentences()
     model, tokenizer = load(options.model) if options.model else tiny_bert(examples)
     if not has_adapter(model):
-        parser.error(f"--model: its decoder does not go through the linear op ({model.config.model_type})")
+        parser.error(f"--model: no adapter for the decoder of {model.config.model_type}")
     corpus = prepare(examples, annotator_for(options.groups), min_texts=options.min_texts)
     texts, names = encode(corpus.train, tokenizer, max_length=64), corpus.group_names
-    members = group_mask([text.groups for text in texts], names)
-    stream = BatchStream(members, options.batch_size * ranks, options.seed)
+    of_text = group_mask([text.groups for text in texts], names)
+    stream = BatchStream(of_text, options.batch_size * ranks, options.seed)
     collator = MLMCollator(tokenizer, names, seed=options.seed)
 
     inputs = DistributedDataParallel(LossInputs(model.to(device).train()))
@@ -157,26 +176,13 @@ def main() -> None:
                 mine |= {"labels": torch.full_like(mine["labels"], -100), "positions": mine["positions"][:0]}
             batches.append({key: tensor.to(device) for key, tensor in mine.items()})
 
-        def run_model(k, step=step, batches=batches):
-            # A batch that is run twice, to observe it and for its gradient, has the same dropout masks twice.
-            torch.manual_seed(derived_seed(options.seed, "dropout", step, k, rank))
-            return inputs(batches[k])
-
-        losses = []
-        with nullcontext() if len(batches) == 1 else loss_fn.accumulate() as window:
-            if window is not None:
-                with torch.no_grad():
-                    for k in range(len(batches)):
-                        window.observe(*run_model(k))
-            for k in range(len(batches)):
-                with nullcontext() if k == len(batches) - 1 else inputs.no_sync():
-                    losses.append(loss_fn(*run_model(k)))
-                    losses[-1].backward()
+        dropout = [derived_seed(options.seed, "dropout", step, k, rank) for k in range(len(batches))]
+        loss_of_step = backward(inputs, loss_fn, batches, dropout)
         optimizer.step()
         optimizer.zero_grad()
 
         if step % options.save_every == 0 or step == options.steps:
-            loss = torch.stack(losses).sum().item()  # of all ranks' batches: the same number on each
+            loss = loss_of_step.item()
             if rank == 0:
                 run.save_checkpoint({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(), "loss_fn": loss_fn.state_dict(),
