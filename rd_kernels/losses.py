@@ -50,6 +50,9 @@ class CrossEntropyLoss(nn.Module):
         )  # fmt: skip
 
 
+_AT_ONCE = 64  # calls whose statistics are added up together
+
+
 @dataclass(eq=False)
 class _FirstRun:
     """A call that activation checkpointing may run again in the backward, and the state as it was before."""
@@ -126,6 +129,7 @@ class _GroupLoss(nn.Module):
         self.register_buffer("_total_stats", sums, persistent=False)
         self.register_buffer("_total_status", torch.zeros(2, dtype=torch.int64), persistent=False)
         self.register_buffer("_calls", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._uncounted: list[tuple[Tensor, Tensor]] = []  # of calls that are not in these sums yet
         # Of the last call: stats, status, V, places.
         self._last: tuple[Tensor, Tensor, int, int | None] | None = None
         self._first_run: _FirstRun | None = None
@@ -241,6 +245,7 @@ class _GroupLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _GroupLoss:
         """The buffers move with ``.to(device)`` but stay float32 whatever ``.half()`` or ``.to(dtype)`` asks: a step
         of q is often smaller than what 16 bits can hold."""
+        self._count()
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -295,10 +300,26 @@ class _GroupLoss(nn.Module):
 
     def _keep(self, result: grouped.Grouped, counts: bool = True) -> None:
         self._last = stats, status, *_ = _statistics(result)
-        if counts:
-            self._total_stats += stats
-            self._total_status += status
-            self._calls += 1
+        if not counts:
+            return
+        if torch.compiler.is_compiling() or (stats.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._add(stats[None], status[None])
+            return
+        self._uncounted.append((stats, status))
+        if len(self._uncounted) >= _AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        """Add up what calls have left: at once for many, because each launch takes microseconds of a small call."""
+        if self._uncounted:
+            stats, status = zip(*self._uncounted, strict=True)
+            self._uncounted.clear()
+            self._add(torch.stack(stats), torch.stack(status))
+
+    def _add(self, stats: Tensor, status: Tensor) -> None:
+        self._total_stats.add_(stats.sum(0, dtype=torch.float64))
+        self._total_status.add_(status.sum(0))
+        self._calls.add_(stats.shape[0])
 
     def report(self) -> GroupReport:
         """Loss, count, weight and accuracy of the last call, overall and by group. Waits for the device.
@@ -326,6 +347,7 @@ class _GroupLoss(nn.Module):
 
         Not saved in ``state_dict``. Raises: RuntimeError where there was no call; ValueError as ``report()``.
         """
+        self._count()
         calls = int(self._calls)
         if calls == 0 or self._last is None:
             raise RuntimeError("total_report() needs a call of the loss since the last reset")
@@ -338,6 +360,7 @@ class _GroupLoss(nn.Module):
 
     def reset_totals(self) -> None:
         """Forget the calls so far for ``total_report()``."""
+        self._uncounted.clear()
         for each in (self._total_stats, self._total_status, self._calls):
             each.zero_()
 
