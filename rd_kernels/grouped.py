@@ -201,6 +201,8 @@ def _part(
     refused: dict[str, Any],
 ) -> vocabulary.Part | None:
     """This rank's part of the vocabulary; None where it is not sharded."""
+    if not vocabulary.any_dtensor(*sharded.values(), labels, groups, reference_losses, state.q, state.memory):
+        return None
     plain = {"labels": labels, "groups": groups, "reference_losses": reference_losses}
     plain |= {"group_weights": state.q, "memory": state.memory}
     refused |= {"entropy": settings.entropy, "top_k": settings.top_k}

@@ -30,9 +30,10 @@ from rd_kernels import distributed, ops
 from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS
 from rd_kernels.reduction import Given, Keys, Reduced, Settings, State, reduce_rows
 
-__all__ = ["Part", "grouped_loss", "part_of"]
+__all__ = ["Part", "any_dtensor", "grouped_loss", "part_of"]
 
 _NO_LABEL = -100  # in labels as the kernels get them: places in a part are not negative
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 class Part(NamedTuple):
@@ -44,17 +45,25 @@ class Part(NamedTuple):
     total: int
 
 
-def part_of(sharded: dict[str, Tensor | None], plain: dict[str, Any], options: dict[str, Any]) -> Part | None:
-    """None if no tensor is a DTensor; this rank's part of the vocabulary if all are as said above.
+def any_dtensor(*tensors: Tensor | None) -> bool:
+    """Whether anything here is for this file. It is asked at every call of the losses, so it must cost next to nothing."""
+    unusual = [tensor for tensor in tensors if type(tensor) not in _PLAIN]
+    if not unusual or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # takes a second, so only for what may be one
+
+    return any(isinstance(tensor, DTensor) for tensor in unusual)
+
+
+def part_of(sharded: dict[str, Tensor | None], plain: dict[str, Any], options: dict[str, Any]) -> Part:
+    """This rank's part of the vocabulary, for arguments of which at least one is a DTensor.
 
     ``sharded``: logits, or hidden, weight and bias; ``plain``: what must be the same on all ranks of the mesh;
     ``options``: what is not served here, None, False or 0 where not asked for; all by the names of the arguments.
     Raises TypeError or ValueError, naming the argument, for anything else.
     """
-    if not _any_dtensor(*sharded.values(), *plain.values()):
-        return None
     for name, tensor in plain.items():
-        if _any_dtensor(tensor):
+        if any_dtensor(tensor):
             raise TypeError(
                 f"{name} must be a plain tensor, the same on all ranks of the mesh, got a DTensor with placements "
                 f"{tensor.placements}: pass {name}.full_tensor()"
@@ -187,21 +196,12 @@ class _PartLoss(torch.autograd.Function):
         return (gradient, *[None] * 7)
 
 
-def _any_dtensor(*tensors: Tensor | None) -> bool:
-    unusual = [tensor for tensor in tensors if type(tensor) not in (Tensor, torch.nn.Parameter, type(None))]
-    if not unusual or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # takes a second, so only for what may be one
-
-    return any(isinstance(tensor, DTensor) for tensor in unusual)
-
-
 def _part(name: str, tensor: Any) -> Part:
     """This rank's part of the dimension that is sharded."""
     from torch.distributed.tensor import Replicate, Shard
 
     placement: Any = {"logits": Shard(tensor.dim() - 1), "hidden": Replicate()}.get(name, Shard(0))
-    if not _any_dtensor(tensor):
+    if not any_dtensor(tensor):
         raise TypeError(
             f"{name} is a plain tensor beside others that are DTensors; allowed is a DTensor {placement!r} on their mesh, "
             "or plain tensors throughout. A decoder that is sharded by FSDP is whole in the forward of its module, and "
