@@ -14,7 +14,7 @@ TEST_JOBS   ?= 2
 NATIVE := $(shell find csrc build_support -type f -not -name '*.pyc' 2>/dev/null) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-slow lint format bench bench-quick bench-compare gpu-check bench-gpu wheel wheel-check clean
+.PHONY: help demo test coverage test-slow properties lint format bench bench-quick bench-compare gpu-check bench-gpu wheel wheel-check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,12 @@ coverage: ## the same, with coverage, which slows the interpreted kernels down
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# A failing case is printed as it can be called again; `make test` tries a few hundred, the same each time.
+CASES ?= 100000
+
+properties: $(STAMP) ## try CASES=100000 random cases, with fresh seeds, against the float64 oracle
+	RD_KERNELS_PROPERTY_CASES=$(CASES) $(BIN)/python -m pytest tests/test_properties.py -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ class Window:
             return [Given(weights=part) for part in weights.split([each.shape[1] for each in units])]
         state = loss_fn._state_now() if loss_fn.training else loss_fn._copied_state()
         _, coefficients = reduction.update(self._stats, self._status, state, loss_fn.settings, "reference")
-        return [Given(coefficients)] * len(seen)
+        return [Given(coefficients, self._stats[3])] * len(seen)
 
     def finish(self) -> grouped.Grouped | None:
         """-> what stands for the whole window; None for a window without micro-batches."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels import ops
+from rd_kernels.autograd import RowsLoss
 from rd_kernels.backends.registry import select
 from rd_kernels.grouped import check_capacity, check_inplace, flat_rows, grouped_loss, linear_grouped_loss
 from rd_kernels.groups import canonical_labels, check_same_device
@@ -86,7 +87,7 @@ def cross_entropy(
         counted = labels != ignore_index
         divisor = counted.sum() if weight is None else _total_weight(weight, labels, counted)
         value = value / divisor
-    result = ops.RowsLoss.apply(
+    result = RowsLoss.apply(
         rows, value, None, divisor, labels, normaliser, weight, label_smoothing, ignore_index, name,
         inplace_backward,
     )  # fmt: skip

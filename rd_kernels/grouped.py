@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels import distributed, ops, vocabulary
+from rd_kernels.autograd import DecoderRows, LinearRowsLoss, RowsLoss
 from rd_kernels.backends.registry import linear_form, select
 from rd_kernels.gemm import leading_dimension
 from rd_kernels.groups import canonical_groups, canonical_labels, check_same_device
@@ -82,7 +83,7 @@ def grouped_loss(
             rows.detach(), flat_labels, None, 0.0, settings.ignore_index, name, settings.detailed
         )
         reduced = reduce_rows(row_loss, outcome, details, keys, rows.shape[1], state, settings, name, given)
-    loss = ops.RowsLoss.apply(
+    loss = RowsLoss.apply(
         rows, reduced.loss, reduced.row_scale, None, flat_labels, normaliser, None, 0.0, settings.ignore_index, name,
         inplace_backward,
     )  # fmt: skip
@@ -173,7 +174,7 @@ def linear_grouped_loss(
         settings.detailed,
     )
     reduced = reduce_rows(row_loss, outcome, details, keys, num_classes, state, settings, name, given)
-    loss = ops.LinearRowsLoss.apply(
+    loss = LinearRowsLoss.apply(
         rows,
         weight,
         bias,
@@ -287,7 +288,7 @@ def _decoder_rows(x: Tensor, rows: int, dtype: torch.dtype, order: Tensor | None
     """``x`` [V, ...] as ``dtype`` in this order, with zeros up to ``rows``."""
     if x.shape[0] == rows and order is None:
         return x.to(dtype)
-    return ops.DecoderRows.apply(x, rows, dtype, order)
+    return DecoderRows.apply(x, rows, dtype, order)
 
 
 def _labels_in_order(labels: Tensor, order: Tensor, ignore_index: int) -> Tensor:

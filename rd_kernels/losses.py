@@ -135,6 +135,20 @@ class _GroupLoss(nn.Module):
     def objective(self) -> Objective:
         return self.settings.objective
 
+    @objective.setter
+    def objective(self, objective: Objective) -> None:
+        """One that remembers as much; q stays."""
+        objective.check(self.num_groups)
+        if objective.memory != self.objective.memory:
+            raise ValueError(
+                f"objective must remember {self.objective.memory}, as {type(self.objective).__name__} does, "
+                f"got {type(objective).__name__} with {objective.memory}"
+            )
+        self.settings = dataclasses.replace(self.settings, objective=objective)
+        if not self._adjusted:
+            adjustment = objective.adjustment_for(self.num_groups)
+            self.adjustment = None if adjustment is None else adjustment.to(self.group_weights.device)
+
     @property
     def ignore_index(self) -> int:
         return self.settings.ignore_index

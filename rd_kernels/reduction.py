@@ -91,6 +91,7 @@ class Given(NamedTuple):
     """Weights that are known already, in place of an objective's; 0 while they are not."""
 
     coefficients: Tensor | None = None  # [G]
+    reported: Tensor | None = None  # [G+2], row 3 of stats
     weights: Tensor | None = None  # [U], of an objective over rows
 
 
@@ -166,6 +167,8 @@ def reduce_rows(
             loss, coefficients = update(stats, status, state, settings, backend)
         else:
             loss, coefficients = _with_coefficients(stats, status, given.coefficients)
+            if given.reported is not None:
+                stats[3] = given.reported
         scale = ops.row_scale(coefficients, unit_outcome, keys.groups, backend)
     if share is not None and keys.sequence is not None:
         scale = ops.row_scale(scale * share, outcome, keys.sequence, backend)
@@ -241,6 +244,8 @@ def weigh(units: Tensor, settings: Settings) -> Tensor:
     everyone, own = units, slice(None)
     if distributed.world_size(settings.process_group) is not None:
         everyone, own = distributed.join(units, settings.process_group)
+    if everyone.shape[1] == 0:  # nothing to look for a maximum in
+        return everyone[1]
     nothing = everyone.new_zeros((0, everyone.shape[1]))
     with torch.no_grad():
         weights, *_ = settings.objective.update(Batch(everyone[0], everyone[1]), nothing.sum(0), nothing)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels import distributed, ops
+from rd_kernels.autograd import refuse_other_backwards
 from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS
 from rd_kernels.reduction import Given, Keys, Reduced, Settings, State, reduce_rows
 
@@ -157,7 +158,7 @@ def _row_forward(
 
 
 class _PartLoss(torch.autograd.Function):
-    """``ops.RowsLoss`` for this rank's logits: ``value`` as it is, with their gradient."""
+    """:class:`rd_kernels.autograd.RowsLoss` for this rank's logits: ``value`` as it is, with their gradient."""
 
     @staticmethod
     def forward(
@@ -177,7 +178,7 @@ class _PartLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        ops._refuse_other_backwards(grad_out)
+        refuse_other_backwards(grad_out)
         rows, row_scale, places, elsewhere, normaliser = ctx.saved_tensors
         if rows.shape[1] == 0:
             return (torch.zeros_like(rows), *[None] * 7)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("online"):
                 item.add_marker(skip)
+
+
+_property_cases: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="session")
+def property_cases() -> Counter[str]:
+    """Random cases tried, by backend; a test adds its own, the summary at the end says how many there were."""
+    return _property_cases
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # in a worker of xdist, which hands them on
+        session.config.workeroutput["property_cases"] = dict(_property_cases)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    _property_cases.update(getattr(node, "workeroutput", {}).get("property_cases", {}))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if _property_cases:
+        by_backend = ", ".join(f"{backend} {count:,}" for backend, count in _property_cases.most_common())
+        terminalreporter.write_line(f"properties: {_property_cases.total():,} cases ({by_backend})")
 
 
 @pytest.fixture(scope="session")

@@ -461,6 +461,10 @@ def test_nan_and_infinity_anywhere_spoil_their_row_alone(isa, dtype, position):
         labels = torch.full((3,), 7)
         loss, normaliser, _ = backend.row_forward(logits, labels, None, 0.0, -100)
         assert loss.isnan().tolist() == [False, True, False]
+        details = torch.empty(2, 3)
+        detailed, *_ = backend.row_forward(logits, labels, None, 0.0, -100, details)
+        torch.testing.assert_close(detailed, loss, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(details[0].isnan(), loss.isnan())
         gradient = backend.row_backward(None, None, logits, labels, normaliser, None, 0.0, -100)
         assert gradient[1].isnan().all()
         assert not gradient[[0, 2]].isnan().any()

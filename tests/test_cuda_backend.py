@@ -33,7 +33,7 @@ from rd_kernels import _cuda
 assert _cuda.device_type == "cuda" and _cuda.chunk_rows == 128
 print(_cuda.missing())
 try:
-    _cuda.row_scale(_cuda.Queue(0, 0), 0, 0, 1, _cuda.Groups(0, 0, 1), 0)
+    _cuda.row_scale(_cuda.Queue(0, 0), 0, 0, 1, _cuda.Groups(0, 0, 1, 1), 0)
 except RuntimeError as error:
     print(error)
 print(rd.backends.available()["cuda"])

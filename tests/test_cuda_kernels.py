@@ -10,6 +10,7 @@ from rd_kernels.backends.registry import get
 from tests.conftest import on_device_of
 from tests.devices import device_of
 from tests.gpu_oracles import IGNORE, cross_entropy, gradient, make
+from tests.test_gpu_details import check
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -36,17 +37,22 @@ def assert_close(actual, truth, dtype):
 
 
 def check_rows(cuda, logits, labels):
-    """Loss, gradient and U of these rows against float64."""
-    dtype = logits.dtype
-    loss, normaliser, _ = cuda.row_forward(logits, labels, None, 0.0, IGNORE)
+    """Loss, gradient, U and, of float32, details of these rows against float64."""
+    dtype, given = logits.dtype, logits.clone()
+    details = torch.empty(2, len(labels)) if dtype == torch.float32 else None
+    loss, normaliser, _ = cuda.row_forward(logits, labels, None, 0.0, IGNORE, details)
+    if details is not None:
+        check(details, given, labels)
     assert_close(loss, cross_entropy(logits, labels, torch.float64), torch.float32)
     truth = gradient(logits, labels, torch.ones(len(labels)), torch.float64)
     result = cuda.row_backward(None, None, logits, labels, normaliser, None, 0.0, IGNORE)
     assert_close(result, truth, dtype)
     if logits.stride(0) >= logits.shape[1]:
-        again, _, _ = cuda.softmax_minus_onehot_(logits, labels, IGNORE)
+        again, _, _ = cuda.softmax_minus_onehot_(logits, labels, IGNORE, details)
         assert_close(again, loss.double(), torch.float32)
         assert_close(logits, truth, dtype)
+        if details is not None:
+            check(details, given, labels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +130,9 @@ def test_one_kernel_or_three_same_bits(cuda, rows, vocabulary, num_groups, maske
     """The fused forward is the separate steps, and leaves its counters at zero for the next kernel."""
     logits, labels = make(rows, vocabulary, torch.float32)
     labels[::5] = IGNORE
-    groups = torch.rand(rows, num_groups) < 0.1 if masked else torch.randint(-1, num_groups, (rows,))
+    groups = torch.randint(-1, num_groups, (rows,))
+    if masked:
+        groups = cuda.pack_mask(torch.rand(rows, num_groups) < 0.1)
     q, adjustment = torch.softmax(torch.randn(num_groups), 0), torch.rand(num_groups)
     arguments = ("group_dro_hold", 0.3, adjustment)
     separate_q = q.clone()
@@ -142,7 +150,7 @@ def test_one_kernel_or_three_same_bits(cuda, rows, vocabulary, num_groups, maske
 
 
 def test_a_large_step_does_not_overflow(cuda):
-    """step_size times the loss is beyond float32's range, not beyond double's."""
+    """The rate times the loss is beyond float32's range, not beyond double's."""
     stats = torch.tensor([[1e30, 1.0, 0, 0], [1.0, 1.0, 0, 2], [0.0] * 4, [0.0] * 4])
     q = torch.tensor([0.5, 0.5])
     cuda.group_update(stats, torch.zeros(2, dtype=torch.int64), q, "group_dro", 1e20, None)
@@ -200,7 +208,7 @@ def test_a_failed_launch_names_the_kernel(cuda):
     native = cuda._native
     queue = native.Queue(99, 0)
     with pytest.raises(RuntimeError, match=r"CUDA kernel row_scale: .*cudaErrorInvalidDevice"):
-        native.row_scale(queue, 0, 0, 1, native.Groups(0, 0, 1), 0)
+        native.row_scale(queue, 0, 0, 1, native.Groups(0, 0, 1, 1), 0)
 
 
 def test_rows_that_overlap_are_not_overwritten(cuda):

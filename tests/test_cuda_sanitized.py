@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 
 MEMORY = "address,undefined"
 SUITES = [  # two processes
-    ("tests/test_conformance.py", "tests/test_gpu_groups.py"),
-    ("tests/test_cuda_kernels.py", "tests/test_gpu_kernels.py"),
+    ("tests/test_conformance.py", "tests/test_gpu_groups.py", "tests/test_gpu_rules.py"),
+    ("tests/test_cuda_kernels.py", "tests/test_gpu_kernels.py", "tests/test_gpu_details.py"),
 ]
 
 
@@ -93,7 +93,7 @@ def test_results_are_right_without_a_planted_bug():
     [
         # Wrong shuffles: a step left out, lanes left out of the mask. A wrong index.
         ("cuda/rows.cuh", "for (int lanes = 16; lanes > 0; lanes /= 2)", "for (int lanes = 16; lanes > 1; lanes /= 2)"),
-        ("cuda/rows.cuh", "__shfl_xor_sync(~0u, seen.maximum, lanes)", "__shfl_xor_sync(0xffffu, seen.maximum, lanes)"),
+        ("cuda/rows.cuh", "__shfl_xor_sync(~0u, mine, lanes)", "__shfl_xor_sync(0xffffu, mine, lanes)"),
         ("cuda/groups.cuh", "thread += width", "thread += 2 * width"),
     ],
 )  # fmt: skip

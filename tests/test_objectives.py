@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,8 @@ def test_cvar_solves_its_linear_program(groups, alpha, kind):
         b_eq=[1],
         bounds=[(0, share / alpha) for share in shares],
         method="highs",
+        # Its own 1e-7 calls losses that differ by less the same.
+        options={"dual_feasibility_tolerance": 1e-10, "primal_feasibility_tolerance": 1e-10},
     )
     assert weights @ means == pytest.approx(-solved.fun, abs=1e-8)
 
@@ -182,7 +185,7 @@ def test_kl_attains_the_dual_bound(groups, rho, kind):
     weights = weights_of(rd.KL(rho, kind), counts, means)
     assert weights.sum() == pytest.approx(1, abs=1e-14)
     assert (weights >= 0).all()
-    assert divergence_of(weights, shares) <= rho * (1 + 1e-9) + 1e-15
+    assert divergence_of(weights, shares) <= rho * (1 + 1e-9)
     there = shares > 0
 
     def bound(log_t):
@@ -203,7 +206,7 @@ def test_kl_reaches_its_radius(rho, scale, over):
     losses = np.random.default_rng(1).gamma(2, size=100)
     losses[:2] = losses.max() * np.array([2, 2 + 1e-9])
     weights = weights_of(rd.KL(rho, over=over), np.ones(100), scale * losses)
-    assert divergence_of(weights, np.full(100, 0.01)) == pytest.approx(rho, rel=1e-9)
+    assert divergence_of(weights, np.full(100, 0.01)) == pytest.approx(rho, rel=1e-7)
 
 
 @settings(deadline=None, max_examples=100)
@@ -442,7 +445,7 @@ EXTREME = [
     rd.GroupDRO(1e200, 1e38, [1, 2, 3, 4, 5], "hold"),
     rd.GroupDRO(1e200, loss_ema=0.5, floor=0.1),
     rd.GroupDRO(1e200, absent_groups="hold", floor=0.1),
-    rd.DoReMi(1e200, 0.0),
+    rd.DoReMi(1e200, 1e-300),
     rd.DoReMi(1e200),
 ]
 
@@ -454,18 +457,21 @@ EXTREME = [
     means=st.lists(st.sampled_from([0.0, 1e-38, 1.0, 1.0 + 2**-52, 1e10, 1e38]), min_size=5, max_size=5),
 )
 def test_extreme_losses_and_parameters_leave_a_simplex(objective, counts, means):
-    batch = batch_of(np.array(counts, float), np.array(means), objective.adjustment_for(5))
-    weights, q, memory = objective.update(batch, *start(objective, 5))
-    for simplex in (weights, q):
-        if simplex is not None:
-            assert (simplex >= 0).all()
-            assert simplex.sum().item() == pytest.approx(
-                1, abs=1e-6
-            )  # kernels' rules pass float32 adjustments
-    if not isinstance(objective, rd.GroupDRO):  # there the weights are q
-        assert not weights[~batch.present].any()
-    if memory is not None:
-        assert (memory.isfinite() | ~batch.present).all()
+    q, memory = start(objective, 5)
+    for turn in (1, -1):  # the second batch meets the state that the first one left
+        batch = batch_of(counts[::turn], means[::turn], objective.adjustment_for(5))
+        weights, new_q, new_memory = objective.update(batch, q, memory)
+        for simplex in (weights, new_q):
+            if simplex is not None:
+                assert (simplex >= 0).all()
+                assert simplex.sum().item() == pytest.approx(1, abs=1e-6)
+        if not isinstance(objective, rd.GroupDRO):  # there the weights are q
+            assert not weights[~batch.present].any()
+        if new_q is not None:
+            q = new_q.float().double()  # as it is kept
+        if new_memory is not None:
+            memory = new_memory
+            assert (memory.isfinite() | ~batch.present).all()
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -478,6 +484,9 @@ def test_a_mean_that_is_not_finite(objective, bad):
     batch = batch_of([2.0, 3.0, 1.0, 0.0, 2.0], [1.0, bad, 2.0, 0.0, 0.5], objective.adjustment_for(5))
     weights, new_q, new_memory = objective.update(batch, q, memory)
     assert not math.isfinite((weights * batch.means).sum())
+    if objective in STATELESS:
+        kind = "groups" if objective == rd.WorstGroup() else getattr(objective, "base", "rows")
+        np.testing.assert_allclose(weights, base(batch.counts.numpy(), kind))
     assert new_q is None or torch.equal(new_q, q)
     assert new_memory is None or torch.equal(new_memory, memory)
 
@@ -550,7 +559,9 @@ def test_every_update_compiles_in_one_graph():
         (lambda: rd.GroupDRO(0.1, 1.0, [1, 2]).adjustment_for(3), ValueError, "group_counts has 2 entries"),
         (lambda: rd.GroupDRO(absent_groups="drop"), ValueError, "absent_groups must be 'decay' or 'hold', got 'drop'"),
         (lambda: rd.DoReMi(-1.0), ValueError, "step_size must be finite and >= 0"),
-        (lambda: rd.DoReMi(smoothing=1.5), ValueError, "smoothing must be finite and >= 0 and <= 1, got 1.5"),
+        (lambda: rd.DoReMi(smoothing=1.5), ValueError, r"smoothing must be in \(0, 1\], got 1.5"),
+        (lambda: rd.DoReMi(smoothing=0.0), ValueError, r"smoothing must be in \(0, 1\], got 0.0"),
+        (lambda: rd.DoReMi(smoothing=None), TypeError, "smoothing must be a number, got NoneType"),
         (
             lambda: rd.DoReMi().update(rd.Batch(torch.ones(2), torch.ones(2)), torch.ones(2) / 2, torch.zeros(3, 2)),
             ValueError,
@@ -581,3 +592,19 @@ def test_the_floor_may_be_all_there_is():
     assert hash(objective) == hash(replace(objective))
     q = objective.update(batch_of([1.0] * 3, [1.0, 5.0, 9.0]), *start(objective, 3)).q
     np.testing.assert_allclose(q, [1 / 3] * 3)
+
+
+def test_the_objective_that_the_documentation_writes():
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    code = text.split("## One of your own")[1].split("```python\n")[1].split("```")[0]
+    names = {"dataclass": dataclass, "rd": rd, "torch": torch, "__name__": __name__}
+    exec(code, names)
+    counts, means = [3.0, 0.0, 5.0, 2.0], [1.0, 0.0, 4.0, 2.5]
+    assert weights_of(names["Worst"](2), counts, means).tolist() == [0, 0, 0.5, 0.5]
+    assert weights_of(names["Worst"](4), counts, means).tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
+
+
+def test_the_documentation_has_every_objective():
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    for objective in STATELESS + STATEFUL:
+        assert f"| `{type(objective).__name__}(" in text

@@ -25,8 +25,9 @@ MINUTES = 9.0  # where a command may take 10
 RESERVE = 80  # seconds the benchmark takes to start and to finish what it is at when its time is over
 SUITE = (
     "conformance", "cross_entropy", "group_dro", "linear", "ops", "inplace_backward",
-    "triton_backend", "gpu_groups", "gpu_kernels", "cuda_kernels", "gpu_linear", "capacity", "overflow", "triton_gemm",
-    "triton_fused_logits", "torch_integration",
+    "triton_backend", "gpu_groups", "gpu_rules", "gpu_details", "gpu_kernels", "cuda_kernels", "gpu_linear", "capacity", "overflow", "triton_gemm",
+    "triton_fused_logits", "torch_integration", "objective_paths", "levels", "statistics", "loss_state", "accumulation",
+    "feature_table", "properties",
 )  # fmt: skip
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,mig.mode.current"
 BENCHMARKS = ("logits", "linear", "step")  # each fills a command's time: one at a time

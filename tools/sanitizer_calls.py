@@ -17,11 +17,12 @@ from torch import Tensor
 from rd_kernels import GroupDRO, functional
 from rd_kernels.backends.interface import Backend
 from rd_kernels.backends.registry import BACKENDS, get
+from rd_kernels.rules import RULES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (1, 7, 127, 1000, 4099, 30522, 128256)  # the last two by clusters of blocks
 LAYOUTS = ((0, 0), (1, 0), (3, 6), (7, 1))  # first column, padding: rows begin at any element of 16 bytes
-OBJECTIVES = (("erm", 0.0), ("group_dro", 0.1), ("group_dro_hold", 0.1))
+FORMS = ("ids", "lists", "bits")  # of the groups
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -35,7 +36,7 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: flo
 def rows(
     backend: Backend, device: str, dtype: torch.dtype, vocabulary: int, first: int, padding: int
 ) -> None:
-    """Row losses and gradients: fresh, in place and into a view, plain, weighted, smoothed."""
+    """Row losses, details and gradients: fresh, in place and into a view, plain, weighted, smoothed."""
     reference, count = get("reference"), 5
     memory = torch.randn(count, first + vocabulary + padding, dtype=dtype)
     host = memory[:, first : first + vocabulary]
@@ -43,48 +44,64 @@ def rows(
     labels[1], labels[3] = -100, vocabulary  # ignored; out of range
     logits, on_device = memory.clone().to(device)[:, first : first + vocabulary], labels.to(device)
     grad_out, scale = torch.rand(2 * count)[::2], torch.rand(count)
+    told, details = torch.empty(2, count), torch.empty(2, count, device=device)
     for weight, smoothing in ((None, 0.0), (torch.rand(vocabulary), 0.1)):
         options = (None if weight is None else weight.to(device), smoothing, -100)
-        expected = reference.row_forward(host, labels, weight, smoothing, -100)
+        expected = reference.row_forward(host, labels, weight, smoothing, -100, told)
         found = backend.row_forward(logits, on_device, *options)
         same(found, expected)
+        same((*backend.row_forward(logits, on_device, *options, details), details), (*expected, told))
         truth = reference.row_backward(grad_out, scale, host, labels, expected[1], weight, smoothing, -100)
         arguments = (grad_out.to(device), scale.to(device), logits, on_device, found[1], *options)
         same((backend.row_backward(*arguments),), (truth,), TOLERANCE[dtype])
         out = torch.empty(count, vocabulary + 5, dtype=dtype, device=device)[:, 3 : 3 + vocabulary]
         same((backend.row_backward(*arguments, out=out),), (truth,), TOLERANCE[dtype])
+    other = memory.clone().to(device)[:, first : first + vocabulary]
     backend.softmax_minus_onehot_(logits, on_device, -100)
+    backend.softmax_minus_onehot_(other, on_device, -100, details)
     reference.softmax_minus_onehot_(host, labels, -100)
-    same((logits,), (host,), TOLERANCE[dtype])
+    same((details,), (told,))
+    same((logits, other), (host, host), TOLERANCE[dtype])
 
 
-def groups(backend: Backend, device: str, count: int, num_groups: int, mask: bool) -> None:
+def members_of(backend: Backend, device: str, count: int, num_groups: int, form: str) -> Tensor:
+    """The groups of random rows in one of the forms; some lists name one twice."""
+    if form != "bits":
+        return torch.randint(-1, num_groups, (count,) if form == "ids" else (count, 5))
+    mask = torch.rand(count, num_groups) < 0.4
+    words = get("reference").pack_mask(mask)
+    same((backend.pack_mask(mask.to(device)),), (words,), 0.0)
+    return words
+
+
+def groups(backend: Backend, device: str, count: int, num_groups: int, form: str) -> None:
     """Reduction, update and row factors, one by one and as the op starts them."""
     reference = get("reference")
     losses, outcome = torch.rand(count), torch.randint(3, (count,)).to(torch.uint8)
-    members = torch.rand(count, num_groups) < 0.4 if mask else torch.randint(-1, num_groups, (count,))
+    members = members_of(backend, device, count, num_groups, form)
     own_losses, own_outcome, own_members = (tensor.to(device) for tensor in (losses, outcome, members))
     q, adjustment = torch.full((num_groups,), 1 / num_groups), torch.rand(num_groups)
-    same(
-        backend.group_reduce(own_losses, own_outcome, own_members, num_groups),
-        reference.group_reduce(losses, outcome, members, num_groups),
-    )
-    for (objective, step), extra in itertools.product(OBJECTIVES, (None, adjustment)):
+    for bad in (0,) if form == "bits" else (0, 1):  # then some ids are out of range
+        same(
+            backend.group_reduce(own_losses, own_outcome, own_members + bad, num_groups),
+            reference.group_reduce(losses, outcome, members + bad, num_groups),
+        )
+    for rule, extra in itertools.product(RULES, (None, adjustment)):
         state, own = q.clone(), q.clone().to(device)
-        expected = reference.reduce_and_update(losses, outcome, members, state, objective, step, extra)
+        expected = reference.reduce_and_update(losses, outcome, members, state, rule, 0.1, extra)
         more = None if extra is None else extra.to(device)
-        found = backend.reduce_and_update(own_losses, own_outcome, own_members, own, objective, step, more)
+        found = backend.reduce_and_update(own_losses, own_outcome, own_members, own, rule, 0.1, more)
         same((*found, own), (*expected, state), 1e-4)
 
 
-def whole(backend: Backend, device: str, dtype: torch.dtype, count: int, mask: bool) -> None:
+def whole(backend: Backend, device: str, dtype: torch.dtype, count: int, form: str) -> None:
     """The forward as one call."""
     reference, (logits, labels) = (
         get("reference"),
         (torch.randn(count, 1003, dtype=dtype), torch.arange(count)),
     )
     labels[::3] = -100
-    members = torch.rand(count, 3) < 0.5 if mask else torch.arange(count) % 3
+    members = members_of(backend, device, count, 3, form)
     q = torch.full((3,), 1 / 3)
     z, y, own_members, own_q = (tensor.to(device) for tensor in (logits, labels, members, q.clone()))
     found = backend.grouped_forward(z, y, own_members, own_q, "group_dro", 0.1, None, -100)
@@ -159,11 +176,11 @@ def main() -> int:
     for dtype, vocabulary, layout in itertools.product(served, VOCABULARIES, LAYOUTS):
         rows(backend, options.device, dtype, vocabulary, *layout)
         calls += 1
-    for count, num_groups, mask in itertools.product((0, 1, 300), (1, 4, 70), (False, True)):
-        groups(backend, options.device, count, num_groups, mask)
+    for count, num_groups, form in itertools.product((0, 1, 300), (1, 4, 70, 300), FORMS):
+        groups(backend, options.device, count, num_groups, form)
         calls += 1
-    for dtype, count, mask in itertools.product(served, (1, 40), (False, True)):
-        whole(backend, options.device, dtype, count, mask)
+    for dtype, count, form in itertools.product(served, (1, 40), FORMS):
+        whole(backend, options.device, dtype, count, form)
         calls += 1
     for dtype, count, width, first in itertools.product(served, (1, 1500), (5, 64), (0, 3)):
         packing(backend, options.device, dtype, count, width, first)

@@ -1,5 +1,6 @@
 #include "cpu/groups.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -41,20 +42,25 @@ bool for_list(const Groups& groups, int64_t row, Named& named, const Visit& visi
 }
 
 // Bits are taken four at a time: what is summed, or looked up, for each of the 16 patterns of four groups
-// costs the same for a row in many groups as for one in few, and no branch depends on which.
+// costs the same for a row in many groups as for one in few, and the processor has no branches to guess but
+// for empty words.
 constexpr int64_t kBits = 4, kPatterns = 1 << kBits;
 
 int64_t patterns_of(const Groups& groups) {
   return groups.bits ? groups.width * (32 / kBits) * kPatterns : 0;
 }
 
-// visit(place) for the patterns of a row, at 16 times their number in the row plus their value; those behind
-// the last group of a word are left out.
+// visit(place) for the patterns of a row, at 16 times their number in the row plus their value; words that
+// hold no group are left out.
 template <class Visit>
 void for_patterns(const Groups& groups, int64_t row, const Visit& visit) {
-  for (int64_t w = 0; w < groups.width; ++w) {
-    uint32_t word = groups.bits[row * groups.width + w];
-    for (int64_t place = w * 32 / kBits * kPatterns; word != 0; word >>= kBits, place += kPatterns) {
+  const int64_t all = (groups.count + kBits - 1) / kBits * kPatterns;
+  const uint32_t* words = groups.bits + row * groups.width;
+  for (int64_t begin = 0; begin < all; begin += 32 / kBits * kPatterns) {
+    uint32_t word = *words++;
+    if (word == 0) continue;
+    const int64_t end = std::min(begin + 32 / kBits * kPatterns, all);
+    for (int64_t place = begin; place < end; place += kPatterns, word >>= kBits) {
       visit(place + word % kPatterns);
     }
   }

@@ -6,8 +6,8 @@
 namespace rd::cpu {
 
 // Of a stretch of logits: the largest, and sum_j exp(z_j - largest). With -inf alone the shift is 0; the sum
-// is NaN where a logit is NaN or +inf. Of a scan with details also sum_j (largest - z_j) exp(z_j - largest), as
-// if no logit were more than 87 below the largest, and how many are not <= the label's.
+// is NaN where a logit is NaN or +inf. Of a scan with details also sum_j (largest - z_j) exp(z_j - largest),
+// as if no logit were more than 87 below the largest, and how many are not <= the label's.
 struct Scan {
   float largest;
   double sum;

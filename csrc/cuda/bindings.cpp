@@ -25,6 +25,10 @@ void row_scale_at(const Queue& queue, Address coefficients, Address outcome, int
   row_scale(queue, at<float>(coefficients), at<uint8_t>(outcome), rows, groups, at<float>(scale));
 }
 
+void pack_mask_at(const Queue& queue, Address mask, int64_t rows, int64_t num_groups, Address bits) {
+  pack_mask(queue, at<bool>(mask), rows, num_groups, at<uint32_t>(bits));
+}
+
 void grouped_forward_at(const Queue& queue, const Rows& rows, const RowResults& results, const Groups& groups,
                         const Update& update, const Statistics& statistics, Address loss,
                         Address coefficients, const Scratch& scratch) {
@@ -73,6 +77,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("group_reduce", &group_reduce_at, without_gil);
   m.def("group_update", &group_update_at, without_gil);
   m.def("row_scale", &row_scale_at, without_gil);
+  m.def("pack_mask", &pack_mask_at, without_gil);
   m.def("grouped_forward", &grouped_forward_at, without_gil);
   m.def("scale_rows", &scale_rows_at, without_gil);
   m.def("compact", &compact_at, without_gil);

@@ -9,6 +9,7 @@
 namespace rd::cuda {
 
 constexpr int kGroupThreads = 256;
+constexpr int kTileWords = kGroupThreads / 32;  // bits of as many columns as there are threads
 
 // A reduction over the rows and, with `loss`, the objective's update.
 struct Reduction {
@@ -32,7 +33,7 @@ struct Sums {
 struct GroupMemory {
   double loss[kGroupThreads], count[kGroupThreads], hits[kGroupThreads];
   float row_loss[kChunkRows];
-  int32_t column[kChunkRows];  // of a row with an id: its group, G: none, -1: not in any column
+  uint32_t member[kTileWords][kChunkRows];  // a bit for each column of the tile
   uint8_t outcome[kChunkRows];
   double warp[kGroupThreads / 32];
   unsigned long long bad[2];
@@ -80,56 +81,71 @@ __device__ __forceinline__ Sums<T> join_lanes(const Sums<T>& mine, int width, Gr
   return sums;
 }
 
-// Stage 1: a chunk's partial sums for each group, for rows in no group (column G) and for all rows (G + 1).
+// Row i, the chunk's r-th: which of a tile's columns it is in. Columns are the groups, G for a row in none of
+// them and G + 1 for every row that counts. A repeated id sets its bit again. Returns whether an id is bad.
+__device__ __forceinline__ bool find_columns(const Groups& groups, int64_t i, int r, int64_t start,
+                                             GroupMemory& memory) {
+  const auto enter = [&](int64_t column) {
+    const int64_t place = column - start;
+    if (place >= 0 && place < kGroupThreads) memory.member[place / 32][r] |= 1u << (place % 32);
+  };
+  bool in_a_group = false, bad = false;
+  for (int64_t k = 0; k < groups.width; ++k) {
+    if (groups.lists != nullptr) {
+      const int64_t id = groups.lists[i * groups.width + k];
+      const bool inside = id >= 0 && id < groups.count;
+      if (inside) enter(id);
+      in_a_group |= inside;
+      bad |= !inside && id != -1;
+    } else {
+      const uint32_t word = groups.bits[i * groups.width + k];
+      const int64_t place = k - start / 32;
+      if (place >= 0 && place < kTileWords) memory.member[place][r] = word;
+      in_a_group |= word != 0;
+    }
+  }
+  if (!in_a_group && !bad) enter(groups.count);
+  enter(groups.count + 1);
+  return bad;
+}
+
+// Stage 1: a chunk's partial sums for each column, a tile of them at a time.
 __device__ __forceinline__ void reduce_chunk(const Reduction& job, int64_t chunk, GroupMemory& memory) {
-  const int64_t first = chunk * kChunkRows, num_groups = job.groups.count, columns = num_groups + 2;
+  const int64_t first = chunk * kChunkRows, columns = job.groups.count + 2;
   const int rows = static_cast<int>(job.rows - first < kChunkRows ? job.rows - first : kChunkRows);
   if (threadIdx.x < 2) memory.bad[threadIdx.x] = 0;
   __syncthreads();
   for (int r = threadIdx.x; r < rows; r += kGroupThreads) {
     const uint8_t outcome = __ldcg(job.outcome + first + r);
-    const bool counted = counts(outcome);
-    int32_t column = -1;
-    if (job.groups.ids != nullptr) {
-      const int64_t id = counted ? job.groups.ids[first + r] : -2;
-      if (id >= -1 && id < num_groups) column = static_cast<int32_t>(id == -1 ? num_groups : id);
-      if (counted && column < 0) atomicAdd(&memory.bad[1], 1ull);
-    } else if (counted) {
-      const bool* member = job.groups.mask + (first + r) * num_groups;
-      int64_t g = 0;
-      while (g < num_groups && !member[g]) ++g;
-      if (g == num_groups) column = static_cast<int32_t>(num_groups);
-    }
     if (outcome == kBadLabel) atomicAdd(&memory.bad[0], 1ull);
     memory.row_loss[r] = __ldcg(job.row_loss + first + r);
     memory.outcome[r] = outcome;
-    memory.column[r] = column;
   }
-  __syncthreads();
-  if (threadIdx.x < 2)
-    job.scratch.bad[chunk * 2 + threadIdx.x] = static_cast<uint32_t>(memory.bad[threadIdx.x]);
-
   const int width = columns_at_once(columns);
-  const int lane = threadIdx.x / width, lanes = kGroupThreads / width;
+  const int lane = threadIdx.x / width, lanes = kGroupThreads / width, column = threadIdx.x % width;
   for (int64_t start = 0; start < columns; start += width) {
-    const int64_t c = start + threadIdx.x % width;
+    for (int r = threadIdx.x; r < rows; r += kGroupThreads) {
+      for (int word = 0; word * 32 < width; ++word) memory.member[word][r] = 0;
+      if (!counts(memory.outcome[r])) continue;
+      const bool bad = find_columns(job.groups, first + r, r, start, memory);
+      if (bad && start == 0) atomicAdd(&memory.bad[1], 1ull);
+    }
+    __syncthreads();
     Sums<float> sums;
     for (int r = lane; r < rows; r += lanes) {
-      bool member = counts(memory.outcome[r]);
-      if (c <= num_groups) {
-        const bool masked = job.groups.mask != nullptr && c < num_groups;
-        member = member && (masked ? job.groups.mask[(first + r) * num_groups + c] : memory.column[r] == c);
-      }
-      if (member && c < columns) {  // not a product: 0 * NaN would spread one row's NaN to every group
+      if (memory.member[column / 32][r] >> (column % 32) & 1) {
+        // not a product: 0 * NaN would spread one row's NaN to every group
         sums.loss += memory.row_loss[r], sums.count += 1, sums.hits += memory.outcome[r] == kHit;
       }
     }
     sums = join_lanes(sums, width, memory);
-    if (lane == 0 && c < columns) {
-      float* partials = job.scratch.partials + chunk * 3 * columns + c;
+    if (lane == 0 && start + column < columns) {
+      float* partials = job.scratch.partials + chunk * 3 * columns + start + column;
       partials[0] = sums.loss, partials[columns] = sums.count, partials[2 * columns] = sums.hits;
     }
   }
+  if (threadIdx.x < 2)
+    job.scratch.bad[chunk * 2 + threadIdx.x] = static_cast<uint32_t>(memory.bad[threadIdx.x]);
 }
 
 // Stage 2: the chunks' sums added up; the weights are written as 0.
@@ -186,76 +202,84 @@ __device__ __forceinline__ double block_max(double value, GroupMemory& memory) {
   return block_reduce(value, memory, [](double a, double b) { return fmax(a, b); });
 }
 
-// Exponentiated gradient (Sagawa et al. 2020, Algorithm 1) in log space and double. Groups absent from the
-// batch keep their q up to normalisation, or, with kGroupDroHold, as it is. Nothing changes if a present
-// group's mean loss is not finite, or if the groups to be updated have no weight to share.
-__device__ __forceinline__ void update_q(const float* loss_sum, const float* count, int64_t num_groups,
-                                         const Update& update, GroupMemory& memory) {
-  const bool hold = update.objective == Objective::kGroupDroHold;
-  const auto log_weight = [&](int64_t g) {
-    const double log_q = log(static_cast<double>(update.q[g]));
-    if (!(count[g] > 0)) return log_q;
-    const double mean = static_cast<double>(loss_sum[g]) / count[g];
-    return log_q + update.step_size * (mean + (update.adjustment ? update.adjustment[g] : 0.0f));
-  };
-  double largest = -INFINITY, shared = 0, unusable = 0;
-  for (int64_t g = threadIdx.x; g < num_groups; g += kGroupThreads) {
-    if (count[g] > 0) {
-      if (!isfinite(loss_sum[g])) unusable = 1;
-    } else if (hold) {
-      continue;
-    }
-    largest = fmax(largest, log_weight(g));
-    shared += update.q[g];
+// A group's weight before normalisation, as rd_kernels/rules.py defines it, in double: the rate times a loss
+// may exceed what float holds.
+struct Rule {
+  const float *loss_sum, *count;  // [G]
+  const Update& update;
+  bool finite;  // every group's mean loss
+
+  __device__ __forceinline__ bool keeps_state() const {
+    return update.objective == Objective::kGroupDro || update.objective == Objective::kGroupDroHold;
   }
-  largest = block_max(largest, memory);
-  shared = block_sum(shared, memory);
-  unusable = block_max(unusable, memory);
-  if (unusable > 0 || (hold && !(shared > 0))) return;
-  double total = 0;
-  for (int64_t g = threadIdx.x; g < num_groups; g += kGroupThreads) {
-    if (!hold || count[g] > 0) total += exp(log_weight(g) - largest);
+  // Whether it takes part in the normalisation.
+  __device__ __forceinline__ bool takes_part(int64_t g) const {
+    return count[g] > 0 || update.objective == Objective::kGroupDro;
   }
-  total = block_sum(total, memory);
-  for (int64_t g = threadIdx.x; g < num_groups; g += kGroupThreads) {
-    if (!hold || count[g] > 0) {
-      update.q[g] = static_cast<float>((hold ? shared : 1) * exp(log_weight(g) - largest) / total);
-    }
+  // The weight's logarithm; of kWorstGroup what is compared.
+  __device__ __forceinline__ double exponent(int64_t g) const {
+    if (!takes_part(g)) return -INFINITY;
+    const bool present = count[g] > 0;
+    double gain = present && finite ? static_cast<double>(loss_sum[g]) / count[g] : 0;
+    if (update.objective == Objective::kWorstGroup) return gain;
+    if (keeps_state() && present && update.adjustment != nullptr) gain += update.adjustment[g];
+    double prior = 1;
+    if (keeps_state()) prior = update.q[g];
+    if (update.objective == Objective::kTiltedRows) prior = count[g];
+    return log(prior) + (present ? update.rate * gain : 0);
   }
-}
+  __device__ __forceinline__ double weight(int64_t g, double largest) const {
+    if (update.objective == Objective::kErm) return count[g];
+    const double mine = exponent(g);
+    if (update.objective == Objective::kWorstGroup) return takes_part(g) && mine == largest;
+    return exp(mine - (isfinite(largest) ? largest : 0));
+  }
+};
 
 // Step 3: q, the weights in the statistics, the coefficients [G] and the loss. Bad labels or ids: loss NaN,
-// coefficients 0, q kept.
+// coefficients 0, q kept. Group DRO keeps q, too, where a mean loss is not finite or the groups that it would
+// update have no weight to share.
 __device__ __forceinline__ void update_objective(const Statistics& statistics, int64_t num_groups,
                                                  const Update& update, float* loss, float* coefficients,
                                                  GroupMemory& memory) {
   const int64_t columns = num_groups + 2;
-  const float* loss_sum = statistics.stats + kLossSum * columns;
-  const float* count = statistics.stats + kCount * columns;
-  float* weight = statistics.stats + kWeight * columns;
+  Rule rule = {statistics.stats + kLossSum * columns, statistics.stats + kCount * columns, update, true};
+  float* reported = statistics.stats + kWeight * columns;
   const bool valid = statistics.status[0] == 0 && statistics.status[1] == 0;
-  const bool is_erm = update.objective == Objective::kErm;
-  double rows = 0;
-  for (int64_t g = threadIdx.x; g < num_groups; g += kGroupThreads) rows += count[g];
-  rows = block_sum(rows, memory);
-  if (valid && !is_erm && rows > 0) update_q(loss_sum, count, num_groups, update, memory);
+  const bool keeps_state = rule.keeps_state(), hold = update.objective == Objective::kGroupDroHold;
+
+  bool all_finite = true, any_present = false;
+  double shared = 0;
+  for (int64_t g = threadIdx.x; g < num_groups; g += kGroupThreads) {
+    all_finite &= isfinite(rule.loss_sum[g]);
+    if (rule.count[g] > 0) any_present = true, shared += update.q[g];
+  }
+  rule.finite = __syncthreads_and(all_finite);
+  any_present = __syncthreads_or(any_present);
+  shared = hold ? block_sum(shared, memory) : 1;
+  double largest = -INFINITY, total = 0;
+  for (int64_t g = threadIdx.x; g < num_groups; g += kGroupThreads) largest = fmax(largest, rule.exponent(g));
+  largest = block_max(largest, memory);
+  for (int64_t g = threadIdx.x; g < num_groups; g += kGroupThreads) total += rule.weight(g, largest);
+  total = block_sum(total, memory);
+  const bool updates = keeps_state && valid && any_present && rule.finite && shared > 0;
 
   double total_loss = 0, total_weight = 0;
   for (int64_t g = threadIdx.x; g < num_groups; g += kGroupThreads) {
-    double coefficient = 0;
-    if (is_erm && rows > 0) coefficient = 1 / rows;
-    if (!is_erm && count[g] > 0) coefficient = static_cast<double>(update.q[g]) / count[g];
-    const double group_weight = is_erm ? coefficient * count[g] : update.q[g];
+    double weight = total > 0 ? shared * rule.weight(g, largest) / total : 0;
+    if (updates && rule.takes_part(g)) update.q[g] = static_cast<float>(weight);
+    if (keeps_state) weight = update.q[g];
+    const double coefficient = rule.count[g] > 0 ? weight / rule.count[g] : 0;
     coefficients[g] = valid ? static_cast<float>(coefficient) : 0;
-    weight[g] = valid ? static_cast<float>(group_weight) : 0;
-    total_weight += group_weight;
-    if (count[g] > 0) total_loss += coefficient * loss_sum[g];
+    reported[g] = valid ? static_cast<float>(weight) : 0;
+    total_weight += weight;
+    if (rule.count[g] > 0) total_loss += coefficient * rule.loss_sum[g];
   }
   total_loss = block_sum(total_loss, memory);
   total_weight = block_sum(total_weight, memory);
   if (threadIdx.x == 0) {
-    weight[num_groups] = 0;
-    weight[num_groups + 1] = valid ? static_cast<float>(total_weight) : 0;
+    reported[num_groups] = 0;
+    reported[num_groups + 1] = valid ? static_cast<float>(total_weight) : 0;
     *loss = valid ? static_cast<float>(total_loss) : NAN;
   }
 }

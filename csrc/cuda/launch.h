@@ -52,6 +52,9 @@ void group_update(const Queue& queue, const Statistics& statistics, int64_t num_
 void row_scale(const Queue& queue, const float* coefficients, const uint8_t* outcome, int64_t rows,
                const Groups& groups, float* scale);
 
+// A mask [rows, G] as the bits of Groups.
+void pack_mask(const Queue& queue, const bool* mask, int64_t rows, int64_t num_groups, uint32_t* bits);
+
 // row_forward, group_reduce and group_update in one kernel; the last block to finish does the rest.
 void grouped_forward(const Queue& queue, const Rows& rows, const RowResults& results, const Groups& groups,
                      const Update& update, const Statistics& statistics, float* loss, float* coefficients,

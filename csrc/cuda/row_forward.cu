@@ -14,15 +14,15 @@ constexpr int kMaxCluster = 8;
 
 // One row by a team of kTeam threads of each of the cluster's blocks; its results are written by the first of
 // them.
-template <class T, int kTeam, bool kSmooth>
+template <class T, int kTeam, bool kSmooth, bool kDetails>
 __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weighting,
                                          const RowResults& results, int64_t i,
-                                         SoftmaxSlots<kTeam / 32>& slots) {
+                                         SoftmaxSlots<kTeam / 32, kDetails>& slots) {
   const int thread = kTeam == 32 ? threadIdx.x % 32 : cluster_rank() * kTeam + threadIdx.x;
   const int64_t label = rows.labels[i];
   const Outcome outcome = outcome_by_label(rows, label);
   if (outcome != kMiss) {
-    if (thread == 0) write_uncounted(results, i, outcome);
+    if (thread == 0) write_uncounted<kDetails>(results, i, outcome);
     return;
   }
   const Row<const T> row(row_of<const T>(rows.logits, rows.stride, i), rows.vocabulary);
@@ -31,11 +31,11 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
   const float origin = kSmooth && isfinite(z_label) ? z_label : 0;
   const float* w = weighting.class_weight;
 
-  Softmax seen;
+  Softmax<kDetails> seen;
   float smooth = 0;  // sum_j w_j (origin - z_j)
   if (const int column = row.edge(thread); column >= 0) {
     const float z = Element<T>::load(row.begin[column]);
-    seen.absorb(z);
+    seen.absorb(z, z_label);
     if constexpr (kSmooth) smooth += (w ? w[column] : 1.0f) * (origin - z);
   }
   const int team = kTeam == 32 ? 32 : cluster_size() * kTeam;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
     float z[kUnroll][kWide<T>];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) unpack<T>(bits[u], z[u]);
-    seen.absorb(z);
+    seen.absorb(z, z_label);
     if constexpr (kSmooth) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
   if constexpr (kTeam == 32) {
     join_warp(seen, smooth);
   } else {
-    join_blocks<kTeam, false>(seen, smooth, slots);
+    join_blocks<kTeam, false, kDetails>(seen, smooth, slots);
   }
   if (thread != 0) return;
 
@@ -79,7 +79,7 @@ __device__ __forceinline__ void row_pass(const Rows& rows, const Weighting& weig
     smooth += mass * (log_total + (seen.maximum - origin));
     loss = (1 - weighting.smoothing) * loss + weighting.smoothing / v * smooth;
   }
-  write_counted(results, i, seen, loss, z_label);
+  write_counted(results, rows, i, seen, loss, z_label);
 }
 
 // kThreads / kTeam rows for each cluster.
@@ -89,13 +89,13 @@ __device__ __forceinline__ int64_t row_of_team() {
   return static_cast<int64_t>(block) * (kThreads / kTeam) + threadIdx.x / kTeam;
 }
 
-template <class T, int kTeam, bool kSmooth>
+template <class T, int kTeam, bool kSmooth, bool kDetails>
 __global__ void __launch_bounds__(kThreads)
     row_forward_kernel(Rows rows, Weighting weighting, RowResults results) {
   wait_for_previous_kernel();
-  auto& slots = *reinterpret_cast<SoftmaxSlots<kTeam / 32>*>(shared_memory());
+  auto& slots = *reinterpret_cast<SoftmaxSlots<kTeam / 32, kDetails>*>(shared_memory());
   const int64_t i = row_of_team<kTeam>();
-  if (i < rows.count) row_pass<T, kTeam, kSmooth>(rows, weighting, results, i, slots);
+  if (i < rows.count) row_pass<T, kTeam, kSmooth, kDetails>(rows, weighting, results, i, slots);
   let_next_kernel_start();
 }
 
@@ -103,9 +103,9 @@ template <class T, int kTeam>
 __global__ void __launch_bounds__(kThreads, 4)
     grouped_forward_kernel(Rows rows, RowResults results, const __grid_constant__ Reduction job) {
   wait_for_previous_kernel();
-  auto& slots = *reinterpret_cast<SoftmaxSlots<kTeam / 32>*>(shared_memory());
+  auto& slots = *reinterpret_cast<SoftmaxSlots<kTeam / 32, false>*>(shared_memory());
   const int64_t i = row_of_team<kTeam>();
-  if (i < rows.count) row_pass<T, kTeam, false>(rows, {}, results, i, slots);
+  if (i < rows.count) row_pass<T, kTeam, false, false>(rows, {}, results, i, slots);
   let_next_kernel_start();
   if (kTeam == kThreads && cluster_rank() != 0) return;  // the row's results are in its first block
   const int64_t per_block = kThreads / kTeam;
@@ -149,11 +149,16 @@ void with_team(const Queue& queue, const Rows& rows, int shared_bytes, const cha
 void row_forward(const Queue& queue, const Rows& rows, const Weighting& weighting,
                  const RowResults& results) {
   const char* name = "row_forward";
-  with_team(queue, rows, sizeof(SoftmaxSlots<kThreads / 32>), name,
+  const auto with_options = [&](const auto& call) {
+    with_constant(weighting.smoothing > 0, [&](auto smooth) {
+      with_constant(results.details.entropy != nullptr, [&](auto details) { call(smooth, details); });
+    });
+  };
+  with_team(queue, rows, sizeof(SoftmaxSlots<kThreads / 32, true>), name,
             [&](auto element, auto team, const Grid& grid) {
-              with_constant(weighting.smoothing > 0, [&](auto smooth) {
-                launch(name, row_forward_kernel<decltype(element), team(), smooth()>, queue, grid, rows,
-                       weighting, results);
+              with_options([&](auto smooth, auto details) {
+                launch(name, row_forward_kernel<decltype(element), team(), smooth(), details()>, queue, grid,
+                       rows, weighting, results);
               });
             });
 }
@@ -169,7 +174,7 @@ void grouped_forward(const Queue& queue, const Rows& rows, const RowResults& res
   }
   const Reduction job = {results.loss, results.outcome, rows.count, groups,      statistics,
                          scratch,      update,          loss,       coefficients};
-  const int shared_bytes = std::max(sizeof(SoftmaxSlots<kThreads / 32>), sizeof(GroupMemory));
+  const int shared_bytes = std::max(sizeof(SoftmaxSlots<kThreads / 32, false>), sizeof(GroupMemory));
   with_team(queue, rows, shared_bytes, name, [&](auto element, auto team, const Grid& grid) {
     launch(name, grouped_forward_kernel<decltype(element), team()>, queue, grid, rows, results, job);
   });

@@ -132,15 +132,21 @@ __device__ __forceinline__ T* row_of(void* base, int64_t stride, int64_t i) {
   return static_cast<T*>(base) + i * stride;
 }
 
+// x 2^x is 0 where 2^x is, at -inf too.
+__device__ __forceinline__ float times_exponential(float x, float power) { return fmaxf(x, -128.0f) * power; }
+
 // The largest logit so far and sum_j exp(z_j - maximum). The maximum stays within the finite numbers, so that
 // a logit of -inf adds exp(-inf) = 0 and one of +inf adds exp(inf) = inf, where infinite differences would
-// give NaN: only a NaN does.
+// give NaN: only a NaN does. With kDetails also what rd::Details is made of.
+template <bool kDetails>
 struct Softmax {
   float maximum = -kHighest;
   float total = 0;
+  float spread = 0;  // sum_j x_j exp(z_j - maximum), x_j = log2(e) (z_j - maximum)
+  float above = 0;   // how many logits are not <= the label's
 
   template <int kPieces, int kElements>
-  __device__ __forceinline__ void absorb(const float (&z)[kPieces][kElements]) {
+  __device__ __forceinline__ void absorb(const float (&z)[kPieces][kElements], float z_label) {
     float highest = maximum;
 #pragma unroll
     for (int u = 0; u < kPieces; ++u) {
@@ -148,28 +154,53 @@ struct Softmax {
       for (int e = 0; e < kElements; ++e) highest = fmaxf(highest, z[u][e]);
     }
     highest = fminf(highest, kHighest);
-    float sum[kPieces] = {};  // a chain of additions for each piece
+    float sum[kPieces] = {}, spreads[kPieces] = {};  // a chain of additions for each piece
+    int larger = 0;
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
 #pragma unroll
-      for (int u = 0; u < kPieces; ++u) sum[u] += exp2_approximate((z[u][e] - highest) * kLog2E);
+      for (int u = 0; u < kPieces; ++u) {
+        const float x = (z[u][e] - highest) * kLog2E, power = exp2_approximate(x);
+        sum[u] += power;
+        if constexpr (kDetails) {
+          spreads[u] += times_exponential(x, power);
+          larger += !(z[u][e] <= z_label);
+        }
+      }
     }
-    total *= exp2_approximate((maximum - highest) * kLog2E);
+    rescale(highest);
 #pragma unroll
-    for (int u = 0; u < kPieces; ++u) total += sum[u];
-    maximum = highest;
+    for (int u = 0; u < kPieces; ++u) total += sum[u], spread += spreads[u];
+    above += larger;
   }
 
-  __device__ __forceinline__ void absorb(float z) {
+  __device__ __forceinline__ void absorb(float z, float z_label) {
     const float one[1][1] = {{z}};
-    absorb(one);
+    absorb(one, z_label);
   }
 
-  __device__ __forceinline__ void join(float other_maximum, float other_total) {
-    const float highest = fmaxf(maximum, other_maximum);
-    total = total * exp2_approximate((maximum - highest) * kLog2E) +
-            other_total * exp2_approximate((other_maximum - highest) * kLog2E);
+  // The sums relative to a larger maximum.
+  __device__ __forceinline__ void rescale(float highest) {
+    const float x = (maximum - highest) * kLog2E, power = exp2_approximate(x);
+    if constexpr (kDetails) spread = spread * power + times_exponential(x, power) * total;
+    total *= power;
     maximum = highest;
+  }
+
+  __device__ __forceinline__ void join(Softmax other) {
+    const float highest = fmaxf(maximum, other.maximum);
+    rescale(highest);
+    other.rescale(highest);
+    total += other.total, spread += other.spread, above += other.above;
+  }
+
+  // That of another thread: read(member) for each member.
+  template <class Read>
+  __device__ __forceinline__ Softmax other(const Read& read) const {
+    Softmax there;
+    there.maximum = read(maximum), there.total = read(total);
+    if constexpr (kDetails) there.spread = read(spread), there.above = read(above);
+    return there;
   }
 
   // What is saved of a row: its largest logit, infinite ones included, and log sum_j exp(z_j - maximum); as
@@ -180,69 +211,78 @@ struct Softmax {
   __device__ __forceinline__ float log_total() const {
     return total > 0 && total < INFINITY ? logf(total) : NAN;
   }
+  // log total - sum_j p_j (z_j - maximum): neither part is negative.
+  __device__ __forceinline__ float entropy() const { return log_total() - spread / total / kLog2E; }
 };
 
+template <bool kDetails>
 __device__ __forceinline__ void write_uncounted(const RowResults& results, int64_t i, Outcome outcome) {
   const float nothing = outcome == kIgnored ? 0.0f : NAN;
   results.loss[i] = results.normaliser.maximum[i] = results.normaliser.log_sum[i] = nothing;
   results.outcome[i] = outcome;
+  if constexpr (kDetails) results.details.entropy[i] = results.details.above[i] = nothing;
 }
 
-// A row with a NaN is no hit, whatever its label's logit.
-__device__ __forceinline__ void write_counted(const RowResults& results, int64_t i, const Softmax& seen,
-                                              float loss, float z_label) {
+// A row with a NaN is no hit, whatever its label's logit. No logit is <= a label's that is NaN; what filled
+// pieces up was counted then, too.
+template <bool kDetails>
+__device__ __forceinline__ void write_counted(const RowResults& results, const Rows& rows, int64_t i,
+                                              const Softmax<kDetails>& seen, float loss, float z_label) {
   const float maximum = seen.saved_maximum();
   results.loss[i] = loss;
   results.normaliser.maximum[i] = maximum;
   results.normaliser.log_sum[i] = seen.log_total();
   results.outcome[i] = z_label >= maximum && seen.total == seen.total ? kHit : kMiss;
+  if constexpr (kDetails) {
+    results.details.entropy[i] = seen.entropy();
+    results.details.above[i] = z_label == z_label ? seen.above : static_cast<float>(rows.vocabulary);
+  }
 }
 
 // What a block needs to join its threads' softmaxes; `smooth` is summed along.
-template <int kWarps>
+template <int kWarps, bool kDetails>
 struct SoftmaxSlots {
-  float maximum[kWarps], total[kWarps], smooth[kWarps];
+  Softmax<kDetails> seen[kWarps];
+  float smooth[kWarps];
 };
 
 // Over a warp; right in its first lane. (The sums of two lanes are rounded differently in either.)
-__device__ __forceinline__ void join_warp(Softmax& seen, float& smooth) {
+template <bool kDetails>
+__device__ __forceinline__ void join_warp(Softmax<kDetails>& seen, float& smooth) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const float other_maximum = __shfl_xor_sync(~0u, seen.maximum, lanes);
-    const float other_total = __shfl_xor_sync(~0u, seen.total, lanes);
+    seen.join(seen.other([lanes](float mine) { return __shfl_xor_sync(~0u, mine, lanes); }));
     smooth += __shfl_xor_sync(~0u, smooth, lanes);
-    seen.join(other_maximum, other_total);
   }
 }
 
 // Joins what the threads of a block, or of a cluster of blocks, have seen of a row, always in the same order.
 // The result is right in the first thread of every block, with kForAll in every thread.
-template <int kThreads, bool kForAll>
-__device__ __forceinline__ void join_blocks(Softmax& seen, float& smooth,
-                                            SoftmaxSlots<kThreads / 32>& slots) {
+template <int kThreads, bool kForAll, bool kDetails>
+__device__ __forceinline__ void join_blocks(Softmax<kDetails>& seen, float& smooth,
+                                            SoftmaxSlots<kThreads / 32, kDetails>& slots) {
   constexpr int kWarps = kThreads / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = static_cast<int>(cluster_size());
   join_warp(seen, smooth);
-  if (lane == 0)
-    slots.maximum[warp] = seen.maximum, slots.total[warp] = seen.total, slots.smooth[warp] = smooth;
+  if (lane == 0) slots.seen[warp] = seen, slots.smooth[warp] = smooth;
   blocks > 1 ? cluster_sync() : __syncthreads();
   if (kForAll || warp == 0) {
-    seen = Softmax();
+    seen = Softmax<kDetails>();
     smooth = 0;
     for (int slot = lane; slot < blocks * kWarps; slot += 32) {
       const int rank = slot / kWarps, other = slot % kWarps;
       if (blocks > 1) {
-        seen.join(cluster_read(&slots.maximum[other], rank), cluster_read(&slots.total[other], rank));
+        const auto there = [rank](const float& member) { return cluster_read(&member, rank); };
+        seen.join(slots.seen[other].other(there));
         smooth += cluster_read(&slots.smooth[other], rank);
       } else {
-        seen.join(slots.maximum[other], slots.total[other]);
+        seen.join(slots.seen[other]);
         smooth += slots.smooth[other];
       }
     }
     join_warp(seen, smooth);
     if constexpr (kForAll) {
-      seen.maximum = __shfl_sync(~0u, seen.maximum, 0);
-      seen.total = __shfl_sync(~0u, seen.total, 0);
+      seen = seen.other([](float mine) { return __shfl_sync(~0u, mine, 0); });
     }
   }
   if (blocks > 1) cluster_sync();  // no block may end while another reads its slots

@@ -16,24 +16,18 @@ constexpr int kMaxCluster = 8;
 
 enum class Keep { kNothing, kByThreads, kByCopyEngine };
 
+template <bool kDetails>
 struct RowMemory {
-  SoftmaxSlots<kThreads / 32> slots;
+  SoftmaxSlots<kThreads / 32, kDetails> slots;
   CopyBarrier copies[kMaxCopies];
 };
-constexpr int kHeader = (sizeof(RowMemory) + 127) / 128 * 128;  // the row's pieces follow
-
-template <class T>
-__device__ __forceinline__ void absorb(Softmax& seen, const uint4& bits) {
-  float z[1][kWide<T>];
-  unpack<T>(bits, z[0]);
-  seen.absorb(z);
-}
+constexpr int kHeader = (sizeof(RowMemory<true>) + 127) / 128 * 128;  // the row's pieces follow
 
 // One cluster for each row; every block has a stretch of its pieces.
-template <class T, Keep kKeep>
+template <class T, Keep kKeep, bool kDetails>
 __global__ void __launch_bounds__(kThreads) softmax_minus_onehot_kernel(Rows rows, RowResults results) {
   wait_for_previous_kernel();
-  auto& memory = *reinterpret_cast<RowMemory*>(shared_memory());
+  auto& memory = *reinterpret_cast<RowMemory<kDetails>*>(shared_memory());
   uint4* const kept = reinterpret_cast<uint4*>(shared_memory() + kHeader);
   const int rank = static_cast<int>(cluster_rank()), blocks = static_cast<int>(cluster_size());
   const int64_t i = blockIdx.x / blocks;
@@ -48,14 +42,14 @@ __global__ void __launch_bounds__(kThreads) softmax_minus_onehot_kernel(Rows row
   const Outcome outcome = outcome_by_label(rows, label);
   if (outcome != kMiss) {
     write_zeros(row, part);
-    if (writes_results) write_uncounted(results, i, outcome);
+    if (writes_results) write_uncounted<kDetails>(results, i, outcome);
     return;
   }
   const float z_label = Element<T>::load(row.begin[label]);  // by every thread before any writes
 
-  Softmax seen;
+  Softmax<kDetails> seen;
   if (const int column = part.edges ? row.edge(thread) : -1; column >= 0) {
-    seen.absorb(Element<T>::load(row.begin[column]));
+    seen.absorb(Element<T>::load(row.begin[column]), z_label);
   }
   if constexpr (kKeep == Keep::kByCopyEngine) {
     if (thread == 0) {
@@ -70,8 +64,11 @@ __global__ void __launch_bounds__(kThreads) softmax_minus_onehot_kernel(Rows row
     for (int c = 0; c * kCopyPieces < end - begin; ++c) {
       await_copy(&memory.copies[c]);
       const int stop = min((c + 1) * kCopyPieces, end - begin);
-      for (int piece = c * kCopyPieces + thread; piece < stop; piece += kThreads)
-        absorb<T>(seen, kept[piece]);
+      for (int piece = c * kCopyPieces + thread; piece < stop; piece += kThreads) {
+        float z[1][kWide<T>];
+        unpack<T>(kept[piece], z[0]);
+        seen.absorb(z, z_label);
+      }
     }
   } else {
     for (int first = begin + thread; first < end; first += kUnroll * kThreads) {
@@ -88,14 +85,14 @@ __global__ void __launch_bounds__(kThreads) softmax_minus_onehot_kernel(Rows row
         if (kKeep == Keep::kByThreads && piece < end) kept[piece - begin] = bits[u];
         unpack<T>(bits[u], z[u]);
       }
-      seen.absorb(z);
+      seen.absorb(z, z_label);
     }
   }
   float smooth = 0;
-  join_blocks<kThreads, true>(seen, smooth, memory.slots);
+  join_blocks<kThreads, true, kDetails>(seen, smooth, memory.slots);
 
   const float maximum = seen.saved_maximum(), log_total = seen.log_total();
-  if (writes_results) write_counted(results, i, seen, log_total + (seen.maximum - z_label), z_label);
+  if (writes_results) write_counted(results, rows, i, seen, log_total + (seen.maximum - z_label), z_label);
   const Slope slope = {maximum, log_total, 1, 1, 0, static_cast<int>(label)};
   if constexpr (kKeep == Keep::kNothing) {
     write_gradient<T, false>(row.begin, row, part, slope, nullptr);
@@ -141,16 +138,19 @@ void softmax_minus_onehot(const Queue& queue, const Rows& rows, const RowResults
   with_element(rows.dtype, [&](auto element) {
     using T = decltype(element);
     const Plan plan = plan_for(queue, rows, rows.vocabulary * static_cast<int64_t>(sizeof(T)), name);
-    switch (plan.keep) {
-      case Keep::kNothing:
-        return launch(name, softmax_minus_onehot_kernel<T, Keep::kNothing>, queue, plan.grid, rows, results);
-      case Keep::kByThreads:
-        return launch(name, softmax_minus_onehot_kernel<T, Keep::kByThreads>, queue, plan.grid, rows,
-                      results);
-      case Keep::kByCopyEngine:
-        return launch(name, softmax_minus_onehot_kernel<T, Keep::kByCopyEngine>, queue, plan.grid, rows,
-                      results);
-    }
+    with_constant(results.details.entropy != nullptr, [&](auto details) {
+      const auto start = [&](auto keep) {
+        launch(name, softmax_minus_onehot_kernel<T, keep(), details()>, queue, plan.grid, rows, results);
+      };
+      switch (plan.keep) {
+        case Keep::kNothing:
+          return start(std::integral_constant<Keep, Keep::kNothing>());
+        case Keep::kByThreads:
+          return start(std::integral_constant<Keep, Keep::kByThreads>());
+        case Keep::kByCopyEngine:
+          return start(std::integral_constant<Keep, Keep::kByCopyEngine>());
+      }
+    });
   });
 }
 

@@ -66,8 +66,8 @@ class CUDABackend(NativeBackend):
                 )
         return None
 
-    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index):
-        results, addresses = self._row_results(logits.shape[0], logits.device)
+    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index, details=None):
+        results, addresses = self._row_results(logits.shape[0], logits.device, details)
         weighting, _alive = self._weighting(class_weight, label_smoothing)
         self._native.row_forward(
             self._queue(logits), self._rows(logits, labels, ignore_index), weighting, addresses
@@ -97,8 +97,8 @@ class CUDABackend(NativeBackend):
         )
         return out
 
-    def softmax_minus_onehot_(self, logits, labels, ignore_index):
-        results, addresses = self._row_results(logits.shape[0], logits.device)
+    def softmax_minus_onehot_(self, logits, labels, ignore_index, details=None):
+        results, addresses = self._row_results(logits.shape[0], logits.device, details)
         self._native.softmax_minus_onehot(
             self._queue(logits), self._rows(logits, labels, ignore_index), addresses
         )
@@ -119,14 +119,14 @@ class CUDABackend(NativeBackend):
         )
         return stats, status
 
-    def group_update(self, stats, status, q, objective, step_size, adjustment):
+    def group_update(self, stats, status, q, rule, rate, adjustment):
         loss = torch.empty((), dtype=torch.float32, device=q.device)
         coefficients = torch.empty(q.numel(), dtype=torch.float32, device=q.device)
         self._native.group_update(
             self._queue(q),
             self._native.Statistics(stats.data_ptr(), status.data_ptr()),
             q.numel(),
-            self._update(objective, step_size, adjustment, q),
+            self._update(rule, rate, adjustment, q),
             loss.data_ptr(),
             coefficients.data_ptr(),
         )
@@ -144,7 +144,13 @@ class CUDABackend(NativeBackend):
         )
         return scale
 
-    def grouped_forward(self, logits, labels, groups, q, objective, step_size, adjustment, ignore_index):
+    def pack_mask(self, mask):
+        rows, num_groups = mask.shape
+        bits = torch.empty((rows, -(-num_groups // 32)), dtype=torch.int32, device=mask.device)
+        self._native.pack_mask(self._queue(mask), mask.data_ptr(), rows, num_groups, bits.data_ptr())
+        return bits
+
+    def grouped_forward(self, logits, labels, groups, q, rule, rate, adjustment, ignore_index):
         queue = self._queue(logits)
         (row_loss, normaliser, outcome), results = self._row_results(logits.shape[0], logits.device)
         stats, status, statistics = self._statistics(q.numel(), logits.device)
@@ -156,7 +162,7 @@ class CUDABackend(NativeBackend):
             self._rows(logits, labels, ignore_index),
             results,
             self._groups(groups, q.numel()),
-            self._update(objective, step_size, adjustment, q),
+            self._update(rule, rate, adjustment, q),
             statistics,
             loss.data_ptr(),
             coefficients.data_ptr(),

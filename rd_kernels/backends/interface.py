@@ -284,7 +284,7 @@ class Backend:
         stats: Tensor,  # [4, G+2] acc, its row 3 is written
         status: Tensor,  # [2] int64
         q: Tensor,  # [G] float32, updated in place
-        rule: str,  # one of rd_kernels.reference.RULES
+        rule: str,  # one of rd_kernels.rules.RULES
         rate: float,  # its step size or tilt
         adjustment: Tensor | None,  # [G] float32; of Group DRO
     ) -> tuple[Tensor, Tensor]:

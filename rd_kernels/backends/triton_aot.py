@@ -59,7 +59,7 @@ _POINTERS = {
     torch.bool: "*i1",
 }
 _OPTIONAL = (
-    "grad_out", "row_scale", "class_weight", "smoothing", "adjustment", "bias", "grad_weight", "grad_bias", "factor", "unit",
+    "grad_out", "row_scale", "class_weight", "smoothing", "adjustment", "bias", "grad_weight", "grad_bias", "factor", "unit", "details",
 )  # fmt: skip
 
 
@@ -185,6 +185,7 @@ def _targets(rows: int) -> tuple[Tensor, Tensor]:
 
 def _exercise_rows(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
     labels, acc = _targets(_ROWS)
+    details = torch.empty(2, _ROWS)
     # BERT's vocabulary has rows that are only 4-byte aligned in a 2-byte dtype; 30528 is its padded form.
     for vocabulary in (1000, 30522, 30528, 1) if thorough else (1000, 30522, 30528):
         logits = torch.empty(_ROWS, vocabulary, dtype=dtype)
@@ -193,6 +194,8 @@ def _exercise_rows(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -
         usual = weightings[:2] if vocabulary == 30522 else weightings[:1]
         for class_weight, smoothing in weightings if thorough else usual:
             backend.row_forward(logits, labels, class_weight, smoothing, -100)
+            if thorough or (vocabulary == 30522 and class_weight is None):
+                backend.row_forward(logits, labels, class_weight, smoothing, -100, details)
             factors = ((acc, acc), (acc, None), (None, None)) if thorough else ((acc, acc),)
             for grad_out, scale in factors:
                 backend.row_backward(
@@ -266,19 +269,34 @@ def _exercise_softmax(backend: TritonBackend, dtype: torch.dtype, thorough: bool
         for stride in strides:
             logits = torch.empty(_ROWS, stride, dtype=dtype)[:, :vocabulary]
             backend.softmax_minus_onehot_(logits, labels, -100)
+            if thorough or stride == limit > 30000:
+                backend.softmax_minus_onehot_(logits, labels, -100, torch.empty(2, _ROWS))
+
+
+def _groups(count: int) -> dict[str, Tensor]:
+    """Groups of the rows in every form that a backend takes."""
+    return {
+        "ids": torch.empty(_ROWS, dtype=torch.int64),
+        "lists": torch.empty(_ROWS, 2, dtype=torch.int64),
+        "bits": torch.empty(_ROWS, -(-count // 32), dtype=torch.int32),
+    }
 
 
 def _exercise_grouped_forward(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
     labels, _ = _targets(_ROWS)
     # The common case, and those with the fewest warps and the most to hold in registers.
-    cases = [(30522, 3, "group_dro", False), (1000, FUSED_GROUPS, "group_dro_hold", True)]
+    cases = [(30522, 3, "group_dro", "ids"), (1000, FUSED_GROUPS, "group_dro_hold", "bits")]
     if thorough:
-        rules = ("erm", "group_dro", "group_dro_hold")
-        cases = list(itertools.product((1000, 30522, 30528), (3, FUSED_GROUPS), rules, (False, True)))
-    for vocabulary, count, rule, is_mask in cases:
+        rules = [("erm", "bits"), *itertools.product(("group_dro", "group_dro_hold"), _groups(1))]
+        rules += [("tilted_rows", "ids"), ("tilted_groups", "lists"), ("worst_group", "bits")]
+        cases = [
+            (vocabulary, count, *rule)
+            for vocabulary, count in itertools.product((1000, 30522, 30528), (3, FUSED_GROUPS))
+            for rule in rules
+        ]
+    for vocabulary, count, rule, form in cases:
         logits, q = torch.empty(_ROWS, vocabulary, dtype=dtype), torch.empty(count)
-        groups = torch.empty(_ROWS, count, dtype=torch.bool) if is_mask else labels
-        backend.grouped_forward(logits, labels, groups, q, rule, 0.01, q, -100)
+        backend.grouped_forward(logits, labels, _groups(count)[form], q, rule, 0.01, q, -100)
 
 
 def _exercise_groups(backend: TritonBackend, dtype: torch.dtype, thorough: bool) -> None:
@@ -288,16 +306,15 @@ def _exercise_groups(backend: TritonBackend, dtype: torch.dtype, thorough: bool)
     for count in (3, 100, 4096):
         q, stats = torch.empty(count), torch.empty(4, count + 2)
         status = torch.empty(2, dtype=torch.int64)
-        for groups in (torch.empty(_ROWS, dtype=torch.int64), torch.empty(_ROWS, count, dtype=torch.bool)):
+        backend.pack_mask(torch.empty(_ROWS, count, dtype=torch.bool))
+        for groups in _groups(count).values():
             backend.group_reduce(acc, outcome, groups, count)
             backend.row_scale(q, outcome, groups)
-        for objective, adjustment in (
-            ("erm", None),
-            ("group_dro", None),
-            ("group_dro", q),
-            ("group_dro_hold", q),
-        ):
-            backend.group_update(stats, status, q, objective, 0.01, adjustment)
+        rules = [("erm", None), ("group_dro", None), ("group_dro", q), ("group_dro_hold", q)]
+        if thorough or count == 4096:
+            rules += [(rule, None) for rule in ("tilted_rows", "tilted_groups", "worst_group")]
+        for rule, adjustment in rules:
+            backend.group_update(stats, status, q, rule, 0.01, adjustment)
 
 
 # What starts every kernel that the launchers know; a file of launchers adds its own here.

@@ -28,7 +28,8 @@ _OLDEST_NVIDIA = (8, 0)  # compute capability, Triton's own limit
 FUSED_GROUPS = 62
 # The rows that one program sums: grows with N so that there are at most _CHUNKS sums of chunks for the last program.
 _CHUNK_ROWS, _CHUNKS = 128, 256
-_UPDATE_BLOCK = 256  # groups that the objective treats at a time
+_LONGEST_WITH_DETAILS = 32768  # a row in registers, of which more than its exponentials are needed at once
+_UPDATE_BLOCK = 256  # groups that a rule treats at a time
 
 
 class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
@@ -68,15 +69,15 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
             return "CPU tensors are served under Triton's interpreter only: TRITON_INTERPRET=1 before Python starts"
         return None
 
-    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index):
+    def row_forward(self, logits, labels, class_weight, label_smoothing, ignore_index, details=None):
         rows, vocabulary = logits.shape
         row_loss, normaliser, outcome = _row_results(rows, logits.device)
         smoothing, weight_sum = _smoothing_arguments(class_weight, label_smoothing)
         self._launch(
             "row_forward",
             (rows,),
-            (logits, labels, class_weight, weight_sum, row_loss, normaliser, outcome),
-            (logits.stride(0), normaliser.stride(0), vocabulary, ignore_index, smoothing),
+            (logits, labels, class_weight, weight_sum, row_loss, normaliser, outcome, details),
+            (logits.stride(0), normaliser.stride(0), _stride(details), vocabulary, ignore_index, smoothing),
             **self._row_options("row_forward", logits),
         )
         return row_loss, normaliser, outcome
@@ -109,30 +110,29 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
         )
         return out
 
-    def softmax_minus_onehot_(self, logits, labels, ignore_index):
+    def softmax_minus_onehot_(self, logits, labels, ignore_index, details=None):
         rows, vocabulary = logits.shape
         config = self._config("softmax_minus_onehot", logits)
-        if config is None:  # a row is too long for a program's registers
-            return super().softmax_minus_onehot_(logits, labels, ignore_index)
+        too_long = details is not None and vocabulary > _LONGEST_WITH_DETAILS
+        if config is None or too_long:  # for a program's registers
+            return super().softmax_minus_onehot_(logits, labels, ignore_index, details)
         row_loss, normaliser, outcome = _row_results(rows, logits.device)
         self._launch(
             "softmax_minus_onehot",
             (rows,),
-            (logits, labels, row_loss, normaliser, outcome),
-            (logits.stride(0), normaliser.stride(0), vocabulary, ignore_index),
+            (logits, labels, row_loss, normaliser, outcome, details),
+            (logits.stride(0), normaliser.stride(0), _stride(details), vocabulary, ignore_index),
             **_options(config),
         )
         return row_loss, normaliser, outcome
 
-    def grouped_forward(self, logits, labels, groups, q, objective, step_size, adjustment, ignore_index):
+    def grouped_forward(self, logits, labels, groups, q, rule, rate, adjustment, ignore_index):
         (rows, vocabulary), num_groups, device = logits.shape, q.numel(), logits.device
         # Triton's barrier does not wait for stores on AMD (the machine code has no s_waitcnt vmcnt before it): a
         # program that announces itself there may do so before all its threads' stores are under way.
         amd = self._architecture_of(device).startswith("gfx")
         if rows == 0 or num_groups > FUSED_GROUPS or amd:
-            return super().grouped_forward(
-                logits, labels, groups, q, objective, step_size, adjustment, ignore_index
-            )
+            return super().grouped_forward(logits, labels, groups, q, rule, rate, adjustment, ignore_index)
         row_loss, normaliser, outcome = _row_results(rows, device)
         chunk_rows, partials, bad = _chunk_sums(rows, num_groups, device)
         scratch = (partials, bad, self._counters.zeros(1 + len(bad), device))
@@ -142,14 +142,21 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
             "grouped_forward",
             (rows,),
             (logits, labels, groups, q, adjustment, row_loss, normaliser, outcome, *scratch, *results),
-            (*strides, vocabulary, ignore_index, chunk_rows, num_groups, float(step_size)),
-            OBJECTIVE=objective,
-            IS_MASK=groups.dtype == torch.bool,
+            (*strides, vocabulary, ignore_index, chunk_rows, num_groups, _width(groups), float(rate)),
+            RULE=rule,
+            BITS=groups.dtype == torch.int32,
             BLOCK=_update_block(num_groups),
             **_group_tile(num_groups),
             **self._row_options("row_forward", logits),
         )
         return loss, stats, status, self.row_scale(coefficients, outcome, groups), normaliser
+
+    def pack_mask(self, mask):
+        rows, num_groups = mask.shape
+        packed = torch.empty((rows, _ceil_div(num_groups, 32)), dtype=torch.int32, device=mask.device)
+        scalars = (packed.numel(), num_groups, packed.shape[1])
+        self._launch("pack_mask", (_ceil_div(packed.numel(), 32),), (mask, packed), scalars, WORDS=32)
+        return packed
 
     def group_reduce(self, row_loss, outcome, groups, num_groups):
         rows, device = row_loss.numel(), row_loss.device
@@ -160,8 +167,8 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
             "group_partials",
             (len(bad), tiles),
             (row_loss, outcome, groups, partials, bad),
-            (chunk_rows, rows, num_groups),
-            IS_MASK=groups.dtype == torch.bool,
+            (chunk_rows, rows, num_groups, _width(groups)),
+            BITS=groups.dtype == torch.int32,
             ROWS=tile["ROWS"],
             COLUMNS=tile["COLUMNS"],
         )
@@ -176,14 +183,14 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
         )
         return stats, status
 
-    def group_update(self, stats, status, q, objective, step_size, adjustment):
+    def group_update(self, stats, status, q, rule, rate, adjustment):
         _, _, loss, coefficients = _group_results(q.numel(), q.device)
         self._launch(
             "group_update",
             (1,),
             (stats, status, q, adjustment, loss, coefficients),
-            (q.numel(), float(step_size)),
-            OBJECTIVE=objective,
+            (q.numel(), float(rate)),
+            RULE=rule,
             BLOCK=_update_block(q.numel()),
         )
         return loss, coefficients
@@ -196,8 +203,8 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
             "row_scale",
             (_ceil_div(rows, tile["ROWS"]),),
             (coefficients, outcome, groups, scale),
-            (rows, num_groups),
-            IS_MASK=groups.dtype == torch.bool,
+            (rows, num_groups, _width(groups)),
+            BITS=groups.dtype == torch.int32,
             ROWS=tile["ROWS"],
             COLUMNS=tile["COLUMNS"],
         )
@@ -228,6 +235,10 @@ def _row_results(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     )
 
 
+def _stride(details: Tensor | None) -> int:
+    return 0 if details is None else details.stride(0)
+
+
 def _group_results(num_groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> stats [4, G+2], status [2], loss [], coefficients [G], not written"""
     return (
@@ -236,6 +247,11 @@ def _group_results(num_groups: int, device: torch.device) -> tuple[Tensor, Tenso
         torch.empty((), dtype=torch.float32, device=device),
         torch.empty(num_groups, dtype=torch.float32, device=device),
     )
+
+
+def _width(groups: Tensor) -> int:
+    """How many ids, or words of bits, a row has."""
+    return 1 if groups.dim() == 1 else groups.shape[1]
 
 
 def _chunk_sums(rows: int, num_groups: int, device: torch.device) -> tuple[int, Tensor, Tensor]:

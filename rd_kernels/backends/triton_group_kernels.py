@@ -1,16 +1,18 @@
-"""Triton kernels of steps 2 and 3: sums by group, the objective, each row's factor.
+"""Triton kernels of the groups: sums by group, each row's factor, masks packed.
 
 The bodies are functions of their own: a forward over the rows runs them in its last programs (triton_kernels).
 Sums are taken in float64: one of float32 values no more than a factor of 2^16 apart is exact there, so that two
 kernels that sum in another order, because other threads share the work, still round to the same float32.
 What another program of the same kernel has stored is loaded past the first-level cache (".cg"). Letters: N rows,
-G groups; a chunk is a run of rows that one program sums. ``acc`` is float32.
+G groups; a chunk is a run of rows that one program sums. ``acc`` is float32. ``groups`` [N, width] are int64 ids (-1:
+none), or with BITS int32 words, bit g % 32 of word g / 32 set where the row is in group g, none beyond G.
 """
 
 import triton
 import triton.language as tl
 
 from rd_kernels.backends import interface
+from rd_kernels.backends.triton_rule_kernels import apply_rule
 
 HIT = tl.constexpr(interface.HIT)
 IGNORED = tl.constexpr(interface.IGNORED)
@@ -18,17 +20,18 @@ BAD_LABEL = tl.constexpr(interface.BAD_LABEL)
 
 
 @triton.jit
-def _mask_tile(groups, rows, counted, columns, G):
-    """[ROWS, COLUMNS] of the bool mask [N, G]; False beyond G and for rows that do not count."""
-    inside = counted[:, None] & (columns < G)[None, :]
-    return tl.load(groups + rows[:, None] * G + columns[None, :], mask=inside, other=0) != 0
+def _member_bits(groups, rows, readable, columns, width):
+    """[ROWS, COLUMNS]: which of the rows are in which of the groups ``columns``, from words of bits."""
+    inside = readable[:, None] & (columns // 32 < width)[None, :]
+    words = tl.load(groups + rows[:, None] * width + (columns // 32)[None, :], mask=inside, other=0)
+    return (words >> (columns % 32)[None, :]) & 1 != 0
 
 
 @triton.jit
 def reduce_chunk(
     row_loss,  # [N] acc
     outcome,  # [N] uint8
-    groups,  # [N] int64 ids or [N, G] bool mask
+    groups,  # [N, width]
     partials,  # out [chunks, 3, G+2] acc: loss sum, rows, hits
     bad,  # out [chunks, 2] int32: labels, group ids out of range
     chunk,
@@ -36,7 +39,8 @@ def reduce_chunk(
     tile,
     N,
     G,
-    IS_MASK: tl.constexpr,
+    width,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -47,27 +51,32 @@ def reduce_chunk(
     hits = tl.zeros([ROWS, COLUMNS], tl.int32)
     bad_labels = tl.zeros([ROWS], tl.int32)
     bad_groups = tl.zeros([ROWS], tl.int32)
-    # Only the program that owns the column "ungrouped" has to see a row's whole mask.
+    # Only the program that owns the column "ungrouped" has to see all of a row's words.
     owns_ungrouped = (tile * COLUMNS <= G) & ((tile + 1) * COLUMNS > G)
     for start in range(0, chunk_rows, ROWS):
         rows = chunk.to(tl.int64) * chunk_rows + start + tl.arange(0, ROWS)
+        # None of the loads waits for another: what a row that does not count holds is masked out later.
         result = tl.load(outcome + rows, mask=rows < N, other=IGNORED, cache_modifier=".cg")
         loss = tl.load(row_loss + rows, mask=rows < N, other=0.0, cache_modifier=".cg")
         counted = result <= HIT
-        if IS_MASK:
-            member = _mask_tile(groups, rows, counted, columns, G)
-            in_a_group = tl.max(member.to(tl.int32), axis=1)
-            for first in range(0, tl.where(owns_ungrouped, tile * COLUMNS, 0), COLUMNS):
-                other = _mask_tile(groups, rows, counted, first + tl.arange(0, COLUMNS), G)
-                in_a_group = tl.maximum(in_a_group, tl.max(other.to(tl.int32), axis=1))
-            member = member | ((in_a_group == 0)[:, None] & (columns == G)[None, :])
+        named = tl.zeros([ROWS], tl.int32)  # not 0: in some group, or meant to be
+        if BITS:
+            member = _member_bits(groups, rows, rows < N, columns, width)
+            for place in range(tl.where(owns_ungrouped, width, 0)):
+                named |= tl.load(groups + rows * width + place, mask=rows < N, other=0)
         else:
-            group = tl.load(groups + rows, mask=rows < N, other=-1)  # not of counted: all three at once
-            bad_id = counted & ((group < -1) | (group >= G))
-            bad_groups += bad_id.to(tl.int32)
-            column = tl.where(group == -1, G, tl.where(bad_id, -1, group))
-            member = column[:, None] == columns[None, :]
-        member = (member | (columns == G + 1)[None, :]) & counted[:, None]
+            # Numbers, as AMD's compiler keeps what is true or false in too few registers.
+            found = tl.zeros([ROWS, COLUMNS], tl.int32)
+            bad_id = tl.zeros([ROWS], tl.int32)
+            for place in range(width):
+                group = tl.load(groups + rows * width + place, mask=rows < N, other=-1)
+                outside = (group < -1) | (group >= G)
+                found |= (tl.where(outside, -1, group)[:, None] == columns[None, :]).to(tl.int32)
+                bad_id |= outside.to(tl.int32)
+                named |= (group != -1).to(tl.int32)
+            member = found != 0
+            bad_groups += tl.where(counted, bad_id, 0)
+        member = (member | (columns[None, :] >= tl.where(named != 0, G + 1, G)[:, None])) & counted[:, None]
         # where, not a product: 0 * NaN would spread one row's NaN to every group.
         sums += tl.where(member, loss[:, None], 0.0).to(tl.float64)
         counts += member.to(tl.int32)
@@ -117,103 +126,6 @@ def add_chunks(
 
 
 @triton.jit
-def _groups_of(stats, q, adjustment, start, G, step_size, HOLD: tl.constexpr, BLOCK: tl.constexpr):
-    """-> loss sums, row counts, q of the groups from ``start`` on [BLOCK]; which are present; which of them the
-    update of Group DRO changes; their new q's logarithm, not normalised, -inf for the others. All float64."""
-    group = start + tl.arange(0, BLOCK)
-    inside = group < G
-    sums = tl.load(stats + group, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-    counts = tl.load(stats + (G + 2) + group, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-    weight = tl.load(q + group, mask=inside, other=0.0).to(tl.float64)
-    present = counts > 0
-    gain = sums / tl.where(present, counts, 1.0)
-    if adjustment is not None:
-        gain += tl.load(adjustment + group, mask=inside, other=0.0)
-    changed = inside
-    if HOLD:
-        changed = present
-    log_weight = tl.log(weight) + tl.where(present, step_size * gain, 0.0)
-    return sums, counts, weight, present, changed, tl.where(changed, log_weight, float("-inf"))
-
-
-@triton.jit
-def update_objective(
-    stats,  # [4, G+2] acc; row 3 is written
-    status,  # [2] int64
-    q,  # [G] acc, updated
-    adjustment,  # [G] acc or None
-    loss,  # out [] acc
-    coefficients,  # out [G] acc
-    G,
-    step_size,  # float64
-    OBJECTIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The objective's new state, each group's coefficient, and the loss, BLOCK groups at a time; in float64.
-
-    "erm": coefficients 1 / sum(n), shares n_g / sum(n). "group_dro": online exponentiated gradient in log space
-    (Sagawa et al. 2020, Alg. 1), coefficients q_g / n_g; with "_hold" absent groups keep their weight, those present
-    share what they had together.
-    """
-    HOLD: tl.constexpr = OBJECTIVE == "group_dro_hold"
-    tl.static_assert(HOLD or OBJECTIVE == "group_dro" or OBJECTIVE == "erm", "unknown objective")
-    rows = tl.zeros([BLOCK], tl.float64)
-    shared = tl.zeros([BLOCK], tl.float64)
-    largest = tl.full([BLOCK], float("-inf"), tl.float64)
-    infinite = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, G, BLOCK):
-        sums, counts, weight, present, changed, log_weight = _groups_of(
-            stats, q, adjustment, start, G, step_size, HOLD, BLOCK
-        )
-        rows += counts
-        shared += tl.where(changed, weight, 0.0)
-        largest = tl.maximum(largest, log_weight)
-        infinite |= (present & ~(tl.abs(sums) < float("inf"))).to(tl.int32)
-    rows, shared, largest = tl.sum(rows, axis=0), tl.sum(shared, axis=0), tl.max(largest, axis=0)
-
-    norm = tl.zeros([BLOCK], tl.float64)
-    if OBJECTIVE != "erm":
-        for start in range(0, G, BLOCK):
-            _, _, _, _, _, log_weight = _groups_of(stats, q, adjustment, start, G, step_size, HOLD, BLOCK)
-            norm += tl.exp(log_weight - largest)
-    norm = tl.sum(norm, axis=0)
-
-    valid = (tl.load(status, cache_modifier=".cg") == 0) & (tl.load(status + 1, cache_modifier=".cg") == 0)
-    # Kept where no group is present or a mean is not finite: one bad batch must not destroy the state.
-    usable = valid & (rows > 0) & (tl.max(infinite, axis=0) == 0)
-    mass = 1.0
-    if HOLD:
-        usable = usable & (shared > 0)
-        mass = shared
-    total = tl.zeros([BLOCK], tl.float64)
-    total_share = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, G, BLOCK):
-        sums, counts, weight, present, changed, log_weight = _groups_of(
-            stats, q, adjustment, start, G, step_size, HOLD, BLOCK
-        )
-        # Where there are more threads than groups, several hold a group and one of them stores: all have read first.
-        tl.debug_barrier()
-        group = start + tl.arange(0, BLOCK)
-        if OBJECTIVE == "erm":
-            coefficient = tl.where(rows > 0, 1.0 / tl.where(rows > 0, rows, 1.0), 0.0) + tl.zeros_like(counts)
-            share = coefficient * counts
-        else:
-            updated = mass * tl.exp(log_weight - largest) / norm
-            share = tl.where(usable & changed, updated, weight).to(tl.float32).to(tl.float64)
-            coefficient = tl.where(present, share / tl.where(present, counts, 1.0), 0.0)
-            tl.store(q + group, share, mask=group < G)
-        coefficient = tl.where(valid, coefficient, 0.0)
-        share = tl.where(valid, share, 0.0)
-        tl.store(coefficients + group, coefficient, mask=group < G)
-        tl.store(stats + 3 * (G + 2) + group, share, mask=group < G)
-        total += tl.where(present, coefficient * sums, 0.0)
-        total_share += share
-    tl.store(loss, tl.where(valid, tl.sum(total, axis=0), float("nan")))
-    tl.store(stats + 3 * (G + 2) + G, 0.0)
-    tl.store(stats + 3 * (G + 2) + G + 1, tl.sum(total_share, axis=0))
-
-
-@triton.jit
 def _arrives_last(counter, expected):
     """True in the program that is the last of ``expected`` to come here; the counter is 0 again then.
 
@@ -234,7 +146,7 @@ def finish_groups(
     row,  # int64, whose results this program has stored
     row_loss,  # [N] acc
     outcome,  # [N] uint8
-    groups,  # [N] int64 ids or [N, G] bool mask
+    groups,  # [N, width]
     q,  # [G] acc, updated
     adjustment,  # [G] acc or None
     partials,  # scratch [chunks, 3, G+2] acc
@@ -247,9 +159,10 @@ def finish_groups(
     chunk_rows,
     N,
     G,
-    step_size,  # float64
-    OBJECTIVE: tl.constexpr,
-    IS_MASK: tl.constexpr,
+    width,
+    rate,  # float64
+    RULE: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -263,33 +176,34 @@ def finish_groups(
     chunks = tl.cdiv(N, chunk_rows)
     if _arrives_last(counters + 1 + chunk, tl.minimum(N - chunk * chunk_rows, chunk_rows)):
         reduce_chunk(
-            row_loss, outcome, groups, partials, bad, chunk, chunk_rows, 0, N, G, IS_MASK, ROWS, COLUMNS
+            row_loss, outcome, groups, partials, bad, chunk, chunk_rows, 0, N, G, width, BITS, ROWS, COLUMNS
         )
         if _arrives_last(counters, chunks):
             for statistic in range(3):
                 add_chunks(partials, bad, stats, status, statistic, 0, chunks, G, CHUNKS, COLUMNS)
             tl.debug_barrier()
-            update_objective(stats, status, q, adjustment, loss, coefficients, G, step_size, OBJECTIVE, BLOCK)
+            apply_rule(stats, status, q, adjustment, loss, coefficients, G, rate, RULE, BLOCK)
 
 
 @triton.jit(do_not_specialize=["chunk_rows", "N", "G"])
 def group_partials(
     row_loss,  # [N] acc
     outcome,  # [N] uint8
-    groups,  # [N] int64 ids or [N, G] bool mask
+    groups,  # [N, width]
     partials,  # out [chunks, 3, G+2] acc
     bad,  # out [chunks, 2] int32
     chunk_rows,
     N,
     G,
-    IS_MASK: tl.constexpr,
+    width,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Program (chunk, tile)."""
     chunk, tile = tl.program_id(0), tl.program_id(1)
     reduce_chunk(
-        row_loss, outcome, groups, partials, bad, chunk, chunk_rows, tile, N, G, IS_MASK, ROWS, COLUMNS
+        row_loss, outcome, groups, partials, bad, chunk, chunk_rows, tile, N, G, width, BITS, ROWS, COLUMNS
     )
 
 
@@ -309,46 +223,52 @@ def group_totals(
     add_chunks(partials, bad, stats, status, statistic, tile, chunks, G, CHUNKS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["G"])
-def group_update(
-    stats,  # [4, G+2] acc; row 3 is written
-    status,  # [2] int64
-    q,  # [G] acc, updated
-    adjustment,  # [G] acc or None
-    loss,  # out [] acc
-    coefficients,  # out [G] acc
-    G,
-    step_size: tl.float64,  # a float32 would round it, and overflow
-    OBJECTIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program."""
-    update_objective(stats, status, q, adjustment, loss, coefficients, G, step_size, OBJECTIVE, BLOCK)
-
-
 @triton.jit(do_not_specialize=["N", "G"])
 def row_scale(
     coefficients,  # [G] acc
     outcome,  # [N] uint8
-    groups,  # [N] int64 ids or [N, G] bool mask
+    groups,  # [N, width]
     scale,  # out [N] acc
     N,
     G,
-    IS_MASK: tl.constexpr,
+    width,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The sum of the coefficients of each row's groups; 0 for a row without label or group."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     counted = tl.load(outcome + rows, mask=rows < N, other=IGNORED) <= HIT
-    if IS_MASK:
-        value = tl.zeros([ROWS], tl.float32)
+    value = tl.zeros([ROWS], tl.float32)
+    if BITS:
         for start in range(0, G, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
-            member = _mask_tile(groups, rows, counted, columns, G)
+            member = _member_bits(groups, rows, counted, columns, width)
             coefficient = tl.load(coefficients + columns, mask=columns < G, other=0.0)
             value += tl.sum(tl.where(member, coefficient[None, :], 0.0), axis=1)
     else:
-        group = tl.load(groups + rows, mask=counted, other=-1)
-        value = tl.load(coefficients + group, mask=(group >= 0) & (group < G), other=0.0)
+        for place in range(width):
+            group = tl.load(groups + rows * width + place, mask=counted, other=-1)
+            new = (group >= 0) & (group < G)
+            for earlier in range(place):
+                new &= tl.load(groups + rows * width + earlier, mask=counted, other=-1) != group
+            value += tl.load(coefficients + group, mask=new, other=0.0)
     tl.store(scale + rows, value, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["words"])
+def pack_mask(
+    mask,  # [M, G] bool, contiguous
+    packed,  # out [M, width] int32, or [words]
+    words,  # M width
+    G,
+    width,  # G / 32, rounded up
+    WORDS: tl.constexpr,
+):
+    """WORDS words a program."""
+    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    bit = tl.arange(0, 32)
+    group = (word % width * 32)[:, None] + bit[None, :]
+    inside = (word < words)[:, None] & (group < G)
+    member = tl.load(mask + (word // width * G)[:, None] + group, mask=inside, other=0) != 0
+    tl.store(packed + word, tl.xor_sum(member.to(tl.int32) << bit[None, :], axis=1), mask=word < words)

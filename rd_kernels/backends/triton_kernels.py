@@ -22,6 +22,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # adds exp(inf) = inf, where infinite differences would give NaN: only a NaN does.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 HIGHEST = tl.constexpr(3.4028234663852886e38)
+# exp of this and all below is 0 in float32, and it times 0 is 0, where -inf times 0 would be NaN.
+NEGLIGIBLE = tl.constexpr(-128.0)
 
 
 @triton.jit
@@ -110,6 +112,21 @@ def _store_results(
 
 
 @triton.jit
+def _times_exp(x, exp_x):
+    """x exp(x) for x <= 0, 0 where exp(x) is."""
+    return tl.maximum(x, NEGLIGIBLE) * exp_x
+
+
+@triton.jit
+def _store_details(row, counted, ignored, entropy, above, z_label, V, details, details_stride):
+    """``above`` counts what is not <= ``z_label``, but for a NaN there, which everything outside the row is as well."""
+    uncounted = tl.where(ignored, 0.0, float("nan"))
+    tl.store(details + row, tl.where(counted, entropy, uncounted))
+    above = tl.where(z_label == z_label, above, V).to(tl.float32)
+    tl.store(details + details_stride + row, tl.where(counted, above, uncounted))
+
+
+@triton.jit
 def _forward_row(
     row,  # int64
     logits,  # [N, V] float32, bfloat16 or float16
@@ -119,8 +136,10 @@ def _forward_row(
     row_loss,  # out [N] acc
     normaliser,  # out [2, N] acc: the maximum m, log sum_j exp(z_j - m)
     outcome,  # out [N] uint8
+    details,  # out [2, N] acc or None: entropy; how many logits are not <= the label's
     row_stride,
     normaliser_stride,
+    details_stride,
     V,
     ignore_index,
     smoothing,  # float or None
@@ -138,11 +157,20 @@ def _forward_row(
     maximum = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
+    spread = tl.zeros([LANES], tl.float32)  # of (z - maximum) exp(z - maximum)
+    above = tl.zeros([LANES], tl.int32)
+    if details is not None:
+        z_label = tl.load(logits + row * row_stride + label, mask=counted, other=0.0).to(tl.float32)
     for start in range(0, tl.where(counted, shift + V, 0), LANES * WIDE):
         places, columns, whole, edges, at_edge = _tile(start, shift, V, LANES, WIDE)
         z = _load(logits + piece * WIDE + places, whole, edges, at_edge, -float("inf"))
         new = tl.minimum(tl.maximum(maximum, tl.max(z, axis=1)), HIGHEST)
-        total = total * _exp(maximum - new) + tl.sum(_exp(z - new[:, None]), axis=1)
+        e = _exp(z - new[:, None])
+        if details is not None:
+            moved = spread + tl.maximum(maximum - new, NEGLIGIBLE) * total
+            spread = moved * _exp(maximum - new) + tl.sum(_times_exp(z - new[:, None], e), axis=1)
+            above += tl.sum(tl.where(z <= z_label, 0, 1), axis=1)
+        total = total * _exp(maximum - new) + tl.sum(e, axis=1)
         maximum = new
         if smoothing is not None:
             inside = (columns >= 0) & (columns < V)
@@ -151,8 +179,12 @@ def _forward_row(
             weighted += tl.sum(tl.where(inside, z, 0.0), axis=1)
 
     base = tl.max(maximum, axis=0)
+    if details is not None:
+        spread += tl.maximum(maximum - base, NEGLIGIBLE) * total
+        spread = tl.sum(spread * _exp(maximum - base), axis=0)
+    else:
+        z_label = tl.load(logits + row * row_stride + label, mask=counted, other=0.0).to(tl.float32)
     total = tl.sum(total * _exp(maximum - base), axis=0)
-    z_label = tl.load(logits + row * row_stride + label, mask=counted, other=0.0).to(tl.float32)
     row_maximum, log_total = _normaliser(base, total)
     hit = (z_label >= row_maximum) & (total == total)  # a NaN among the logits: no hit
 
@@ -171,9 +203,12 @@ def _forward_row(
         row, label, counted, ignored, hit, loss, row_maximum, log_total,
         row_loss, normaliser, normaliser_stride, outcome,
     )  # fmt: skip
+    if details is not None:
+        entropy, above = log_total - spread / total, tl.sum(above, axis=0)
+        _store_details(row, counted, ignored, entropy, above, z_label, V, details, details_stride)
 
 
-@triton.jit(do_not_specialize=["normaliser_stride", "ignore_index"])
+@triton.jit(do_not_specialize=["normaliser_stride", "details_stride", "ignore_index"])
 def row_forward(
     logits,  # [N, V] float32, bfloat16 or float16
     labels,  # [N] int64
@@ -182,8 +217,10 @@ def row_forward(
     row_loss,  # out [N] acc
     normaliser,  # out [2, N] acc
     outcome,  # out [N] uint8
+    details,  # out [2, N] acc or None
     row_stride,
     normaliser_stride,
+    details_stride,
     V,
     ignore_index,
     smoothing,  # float or None
@@ -193,8 +230,8 @@ def row_forward(
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
     _forward_row(
-        row, logits, labels, class_weight, weight_sum, row_loss, normaliser, outcome,
-        row_stride, normaliser_stride, V, ignore_index, smoothing, LANES, WIDE,
+        row, logits, labels, class_weight, weight_sum, row_loss, normaliser, outcome, details,
+        row_stride, normaliser_stride, details_stride, V, ignore_index, smoothing, LANES, WIDE,
     )  # fmt: skip
 
 
@@ -202,7 +239,7 @@ def row_forward(
 def grouped_forward(
     logits,  # [N, V] float32, bfloat16 or float16
     labels,  # [N] int64
-    groups,  # [N] int64 ids or [N, G] bool mask
+    groups,  # [N, width]
     q,  # [G] acc, updated
     adjustment,  # [G] acc or None
     row_loss,  # out [N] acc
@@ -221,9 +258,10 @@ def grouped_forward(
     ignore_index,
     chunk_rows,
     G,
-    step_size: tl.float64,
-    OBJECTIVE: tl.constexpr,
-    IS_MASK: tl.constexpr,
+    width,
+    rate: tl.float64,
+    RULE: tl.constexpr,
+    BITS: tl.constexpr,
     LANES: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -234,24 +272,26 @@ def grouped_forward(
     """Steps 1 to 3 in one launch: one program a row, and the last to be done go on to the groups."""
     row = tl.program_id(0).to(tl.int64)
     _forward_row(
-        row, logits, labels, None, None, row_loss, normaliser, outcome,
-        row_stride, normaliser_stride, V, ignore_index, None, LANES, WIDE,
+        row, logits, labels, None, None, row_loss, normaliser, outcome, None,
+        row_stride, normaliser_stride, 0, V, ignore_index, None, LANES, WIDE,
     )  # fmt: skip
     finish_groups(
         row, row_loss, outcome, groups, q, adjustment, partials, bad, counters, stats, status, loss, coefficients,
-        chunk_rows, tl.num_programs(0), G, step_size, OBJECTIVE, IS_MASK, ROWS, CHUNKS, COLUMNS, BLOCK,
+        chunk_rows, tl.num_programs(0), G, width, rate, RULE, BITS, ROWS, CHUNKS, COLUMNS, BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["normaliser_stride", "ignore_index"])
+@triton.jit(do_not_specialize=["normaliser_stride", "details_stride", "ignore_index"])
 def softmax_minus_onehot(
     logits,  # [N, V], overwritten by softmax - onehot(label); zeros on rows that do not count
     labels,  # [N] int64
     row_loss,  # out [N] acc
     normaliser,  # out [2, N] acc
     outcome,  # out [N] uint8
+    details,  # out [2, N] acc or None, as of row_forward
     row_stride,
     normaliser_stride,
+    details_stride,
     V,
     ignore_index,
     LANES: tl.constexpr,  # LANES * WIDE >= V: the row stays in registers
@@ -285,9 +325,15 @@ def softmax_minus_onehot(
     readable = edge < tl.where(counted, V, 0)
     z_edge = tl.load(start + edge, mask=edges & readable, other=-float("inf")).to(tl.float32)
 
+    if details is not None:
+        above = tl.sum(tl.sum(tl.where(z <= z_label, 0, 1), axis=1), axis=0)
+        above += tl.sum(tl.where(z_edge <= z_label, 0, 1), axis=0)
     base = tl.maximum(tl.max(tl.max(z, axis=1), axis=0), tl.max(z_edge, axis=0))
     base = tl.minimum(tl.maximum(base, LOWEST), HIGHEST)
     e, e_edge = _exp(z - base), _exp(z_edge - base)
+    if details is not None:  # before threads wait for each other's sums: the registers of z are free then
+        spread = tl.sum(tl.sum(_times_exp(z - base, e), axis=1), axis=0)
+        spread += tl.sum(_times_exp(z_edge - base, e_edge), axis=0)
     total = tl.sum(tl.sum(e, axis=1), axis=0) + tl.sum(e_edge, axis=0)
     row_maximum, log_total = _normaliser(base, total)
     hit = (z_label >= row_maximum) & (total == total)
@@ -296,6 +342,9 @@ def softmax_minus_onehot(
         row, label, counted, ignored, hit, loss, row_maximum, log_total,
         row_loss, normaliser, normaliser_stride, outcome,
     )  # fmt: skip
+    if details is not None:
+        entropy = log_total - spread / total
+        _store_details(row, counted, ignored, entropy, above, z_label, V, details, details_stride)
 
     dtype: tl.constexpr = logits.dtype.element_ty
     # NaN where there is no softmax; the e of a row that does not count are 0.

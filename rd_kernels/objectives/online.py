@@ -161,7 +161,7 @@ class DoReMi(Objective):
 
     Args:
         step_size: 0 to 1e200 (times a float32 loss it must not overflow float64).
-        smoothing: 0 to 1; above 0 it keeps every q_g >= smoothing / G.
+        smoothing: in (0, 1]; every q_g is at least smoothing / G, so that the loss has a normaliser in every batch.
 
     Raises:
         ValueError, TypeError: an argument outside what is said above.
@@ -175,7 +175,9 @@ class DoReMi(Objective):
 
     def __post_init__(self) -> None:
         check_number("step_size", self.step_size, 0, _LARGEST_STEP)
-        check_number("smoothing", self.smoothing, 0, 1)
+        check_number("smoothing", self.smoothing)
+        if not 0 < self.smoothing <= 1:
+            raise ValueError(f"smoothing must be in (0, 1], got {self.smoothing}")
 
     def update(self, batch: Batch, q: Tensor, memory: Tensor) -> Update:
         if batch.excess is None:

@@ -22,10 +22,10 @@ struct Problem {
   int64_t rows, vocabulary, num_groups;
   bool masked;
   std::vector<__nv_bfloat16> logits, gradient;
-  std::vector<int64_t> labels, ids, status;
-  std::vector<float> loss, normaliser, coefficients, scale, stats, q, partials;
+  std::vector<int64_t> labels, lists, status;
+  std::vector<float> loss, normaliser, details, coefficients, scale, stats, q, partials;
   std::vector<uint8_t> outcome, mask;
-  std::vector<uint32_t> bad, counters;
+  std::vector<uint32_t> bits, bad, counters;
   float total = 0;
 
   Problem(int64_t n, int64_t v, int64_t g, bool is_masked)
@@ -36,20 +36,23 @@ struct Problem {
         logits(n * v),
         gradient(n * v),
         labels(n),
-        ids(n),
+        lists(2 * n),
         status(2),
         loss(n),
         normaliser(2 * n),
+        details(2 * n),
         coefficients(g),
         scale(n),
         stats(4 * (g + 2)),
         q(g, 1.0f / g),
         outcome(n),
-        mask(n * g) {
+        mask(n * g),
+        bits(n * words()) {
     const int64_t chunks = n / kChunkRows + 1;
     partials.resize(chunks * 3 * (g + 2)), bad.resize(2 * chunks), counters.resize(1 + chunks);
     for (int64_t i = 0; i < n * v; ++i) logits[i] = __float2bfloat16_rn(noise(i));
-    for (int64_t i = 0; i < n; ++i) labels[i] = i % 5 == 3 ? -100 : i * 7 % v, ids[i] = i % (g + 1) - 1;
+    for (int64_t i = 0; i < n; ++i) labels[i] = i % 5 == 3 ? -100 : i * 7 % v;
+    for (int64_t k = 0; k < 2 * n; ++k) lists[k] = k % (g + 1) - 1;
     for (int64_t i = 0; i < n * g; ++i) mask[i] = i % 3 == 0;
   }
 
@@ -57,17 +60,22 @@ struct Problem {
     return {logits.data(), DType::kBFloat16, rows, vocabulary, vocabulary, labels.data(), -100};
   }
   Normaliser normaliser_rows() { return {normaliser.data(), normaliser.data() + rows}; }
-  RowResults results() { return {loss.data(), normaliser_rows(), outcome.data()}; }
+  RowResults results(bool detailed = false) {
+    const Details wanted = detailed ? Details{details.data(), details.data() + rows} : Details{};
+    return {loss.data(), normaliser_rows(), outcome.data(), wanted};
+  }
+  int64_t words() const { return (num_groups + 31) / 32; }
   Groups groups() {
-    const auto* members = reinterpret_cast<const bool*>(mask.data());
-    return {masked ? nullptr : ids.data(), masked ? members : nullptr, num_groups};
+    return masked ? Groups{nullptr, bits.data(), words(), num_groups}
+                  : Groups{lists.data(), nullptr, 2, num_groups};
   }
   Statistics statistics() { return {stats.data(), status.data()}; }
   Scratch scratch() { return {partials.data(), bad.data(), counters.data()}; }
   Update update() { return {Objective::kGroupDro, 0.1, nullptr, q.data()}; }
 
   void run() {
-    row_forward(kQueue, logit_rows(), {nullptr, nullptr, 0.1f}, results());
+    pack_mask(kQueue, reinterpret_cast<const bool*>(mask.data()), rows, num_groups, bits.data());
+    row_forward(kQueue, logit_rows(), {nullptr, nullptr, 0.1f}, results(true));
     group_reduce(kQueue, loss.data(), outcome.data(), rows, groups(), statistics(), scratch());
     group_update(kQueue, statistics(), num_groups, update(), &total, coefficients.data());
     grouped_forward(kQueue, logit_rows(), results(), groups(), update(), statistics(), &total,
@@ -76,6 +84,7 @@ struct Problem {
     row_backward(kQueue, logit_rows(), {},
                  {nullptr, 0, scale.data(), normaliser_rows(), gradient.data(), vocabulary, true});
     softmax_minus_onehot(kQueue, logit_rows(), results());
+    softmax_minus_onehot(kQueue, logit_rows(), results(true));
   }
 };
 

@@ -44,7 +44,9 @@ def test_group_sums(backend, rows, num_groups, mask):
     kernels = get(backend)
     losses = torch.rand(rows) * 8
     outcome = torch.randint(3, (rows,)).to(torch.uint8)
-    groups = torch.rand(rows, num_groups) < 0.3 if mask else torch.randint(-1, num_groups, (rows,))
+    groups = torch.randint(-1, num_groups, (rows,))
+    member = torch.rand(rows, num_groups) < 0.3 if mask else groups[:, None] == torch.arange(num_groups)
+    groups = kernels.pack_mask(member) if mask else groups
     q = torch.full((num_groups,), 1 / num_groups)
 
     def run():
@@ -55,7 +57,6 @@ def test_group_sums(backend, rows, num_groups, mask):
         return loss, stats, scale, state
 
     _, stats, _, _ = run()
-    member = groups if mask else groups[:, None] == torch.arange(num_groups)
     counted = (outcome < 2)[:, None] & member
     exact = torch.where(counted, losses.double()[:, None], 0).sum(0)
     torch.testing.assert_close(stats[0, :num_groups].double(), exact, rtol=1e-5, atol=1e-6)
