@@ -34,6 +34,7 @@ from rd_kernels.reduction import Given, Keys, Reduced, Settings, State, reduce_r
 __all__ = ["Part", "any_dtensor", "grouped_loss", "part_of"]
 
 _NO_LABEL = -100  # in labels as the kernels get them: places in a part are not negative
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 class Part(NamedTuple):
@@ -45,8 +46,18 @@ class Part(NamedTuple):
     total: int
 
 
+def any_dtensor(*tensors: Tensor | None) -> bool:
+    """Whether anything here is for this file. It is asked at every call of the losses, so it must cost next to nothing."""
+    unusual = [tensor for tensor in tensors if type(tensor) not in _PLAIN]
+    if not unusual or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # takes a second, so only for what may be one
+
+    return any(isinstance(tensor, DTensor) for tensor in unusual)
+
+
 def part_of(sharded: dict[str, Tensor | None], plain: dict[str, Any], options: dict[str, Any]) -> Part:
-    """This rank's part of the vocabulary, where some tensors are DTensors and all are as said above.
+    """This rank's part of the vocabulary, for arguments of which at least one is a DTensor.
 
     ``sharded``: logits, or hidden, weight and bias; ``plain``: what must be the same on all ranks of the mesh;
     ``options``: what is not served here, None, False or 0 where not asked for; all by the names of the arguments.
@@ -184,16 +195,6 @@ class _PartLoss(torch.autograd.Function):
             gradient = ops.row_backward(*arguments)
         gradient[:, 0] = torch.where(elsewhere, first, gradient[:, 0])
         return (gradient, *[None] * 7)
-
-
-def any_dtensor(*tensors: Tensor | None) -> bool:
-    """Whether there is a DTensor among these."""
-    unusual = [tensor for tensor in tensors if type(tensor) not in (Tensor, torch.nn.Parameter, type(None))]
-    if not unusual or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # takes a second, so only for what may be one
-
-    return any(isinstance(tensor, DTensor) for tensor in unusual)
 
 
 def _part(name: str, tensor: Any) -> Part:
