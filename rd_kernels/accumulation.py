@@ -51,7 +51,7 @@ class Window:
         self._status = torch.stack([each.status for each in seen]).sum(0)
         if loss_fn.objective.over_rows:
             units = [each.units for each in seen if each.units is not None]
-            weights = reduction.weigh(torch.cat(units, dim=1), loss_fn.settings)
+            weights = reduction.weigh(torch.cat(units, dim=1), loss_fn.objective, seen[0].process_group)
             weights = torch.where((self._status == 0).all(), weights, torch.nan)
             return [Given(weights=part) for part in weights.split([each.shape[1] for each in units])]
         state = loss_fn._state_now() if loss_fn.training else loss_fn._copied_state()

@@ -10,10 +10,18 @@ from torch import Tensor
 from rd_kernels import ops
 from rd_kernels.autograd import RowsLoss
 from rd_kernels.backends.registry import select
-from rd_kernels.grouped import check_capacity, check_inplace, flat_rows, grouped_loss, linear_grouped_loss
+from rd_kernels.grouped import (
+    check_capacity,
+    check_group_weights,
+    check_inplace,
+    flat_rows,
+    grouped_loss,
+    linear_grouped_loss,
+)
 from rd_kernels.groups import canonical_labels, check_same_device
 from rd_kernels.objectives import GroupDRO, Objective
 from rd_kernels.reduction import Settings, State
+from rd_kernels.vocabulary import any_dtensor
 
 __all__ = ["cross_entropy", "group_dro_cross_entropy", "linear_group_dro_cross_entropy"]
 
@@ -57,6 +65,11 @@ def cross_entropy(
         raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if any_dtensor(input, target, weight):
+        raise TypeError(
+            "input, target and weight must be plain tensors, got a DTensor: for logits that are sharded over the "
+            "vocabulary use GroupDROLoss(1, ERM()), or torch.distributed.tensor.parallel.loss_parallel"
+        )
     if not input.is_floating_point():
         raise TypeError(f"input must be floating point, got {input.dtype}")
     if input.dim() == 0:
@@ -131,8 +144,9 @@ def group_dro_cross_entropy(
         reference_losses: the losses of a reference model, of labels' shape, floating point; for :class:`DoReMi`.
         memory: what the objective remembers beside q, float64 [M, G], at first its ``initial_memory(G)``; UPDATED IN
             PLACE. None for an objective that remembers nothing.
-        process_group: sums and counts are all-reduced over it before the objective, and the loss is
-            multiplied by its size, to undo DDP's mean.
+        process_group: sums and counts are all-reduced over it before the objective, and the gradients are
+            multiplied by its size, to undo DDP's mean (docs/distributed.md). Where the vocabulary is sharded over
+            ranks (DTensors, see :mod:`rd_kernels.vocabulary`) it is the data-parallel group, or None.
         inplace_backward: the backward writes the gradient over the logits, which saves their size in memory.
             For logits that nothing reads after the backward: autograd raises RuntimeError if another
             operation's backward still needs them, but cannot know what your own code reads.
@@ -213,6 +227,7 @@ def linear_group_dro_cross_entropy(
 
 
 def _state(objective: Objective, q: Tensor, memory: Tensor | None) -> State:
+    check_group_weights(q)
     objective.check(q.numel())
     if memory is None:
         if objective.memory:

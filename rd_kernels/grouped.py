@@ -23,6 +23,7 @@ __all__ = [
     "Grouped",
     "check_capacity",
     "check_filter_eps",
+    "check_group_weights",
     "check_inplace",
     "flat_rows",
     "grouped_loss",
@@ -269,14 +270,17 @@ def check_inplace(inplace_backward: bool, rows: Tensor, argument: str) -> None:
         raise ValueError(f"inplace_backward needs {argument} whose rows do not share memory")
 
 
-def _check_state(state: State, settings: Settings) -> None:
-    q, memory = state.q, state.memory
+def check_group_weights(q: Tensor) -> None:
     if q.dim() != 1 or q.shape[0] < 1 or q.dtype != torch.float32 or not q.is_contiguous():
         raise ValueError(
             f"group_weights must be a contiguous float32 tensor [G] with G >= 1, "
             f"got {q.dtype} {list(q.shape)}"
         )
-    objective = settings.objective
+
+
+def _check_state(state: State, settings: Settings) -> None:
+    q, memory, objective = state.q, state.memory, settings.objective
+    check_group_weights(q)
     if memory.shape != (len(objective.memory), q.shape[0]) or memory.dtype != torch.float64:
         raise ValueError(
             f"memory must be {type(objective).__name__}'s initial_memory, float64 "

@@ -101,6 +101,7 @@ class Reduced(NamedTuple):
     status: Tensor  # [2]
     row_scale: Tensor  # [N] acc: what multiplies a row's gradient
     units: Tensor | None = None  # [2, U] float64: losses, and 1 where they count; for an objective over rows
+    process_group: Any = None  # over which it was done
 
 
 def reduce_rows(
@@ -154,7 +155,7 @@ def reduce_rows(
     if objective.over_rows:
         inside = ops.row_scale(torch.ones_like(stats[0, :num_groups]), unit_outcome, keys.groups, backend) > 0
         joined = torch.stack([torch.where(inside, unit_loss, 0).double(), inside.double()])
-        weights = weigh(joined, settings) if given is None else given.weights
+        weights = weigh(joined, objective, group) if given is None else given.weights
         scale, loss = _weighted_units(joined, weights, status)
         scale = scale.to(row_loss.dtype)
         by_group = sums(scale, unit_outcome, keys.groups, num_groups)[0][0]
@@ -172,7 +173,7 @@ def reduce_rows(
         scale = ops.row_scale(coefficients, unit_outcome, keys.groups, backend)
     if share is not None and keys.sequence is not None:
         scale = ops.row_scale(scale * share, outcome, keys.sequence, backend)
-    return Reduced(loss, stats, status, scale if ranks is None else scale * ranks, joined)
+    return Reduced(loss, stats, status, scale if ranks is None else scale * ranks, joined, group)
 
 
 def _more_values(row_loss: Tensor, details: Tensor, keys: Keys, settings: Settings) -> list[Tensor]:
@@ -238,18 +239,18 @@ def _with_coefficients(stats: Tensor, status: Tensor, coefficients: Tensor | Non
     return torch.where(valid, parts.sum(), torch.nan), coefficients
 
 
-def weigh(units: Tensor, settings: Settings) -> Tensor:
+def weigh(units: Tensor, objective: Objective, process_group: Any) -> Tensor:
     """An objective over rows: losses and counts [2, U] -> the weights [U] float64, with those of the other ranks' units
     in view."""
     everyone, own = units, slice(None)
-    if distributed.world_size(settings.process_group) is not None:
-        everyone, own = distributed.join(units, settings.process_group)
+    if distributed.world_size(process_group) is not None:
+        everyone, own = distributed.join(units, process_group)
     if everyone.shape[1] == 0:  # nothing to look for a maximum in
         return everyone[1]
     nothing = everyone.new_zeros((0, everyone.shape[1]))
     with torch.no_grad():
-        weights, *_ = settings.objective.update(Batch(everyone[0], everyone[1]), nothing.sum(0), nothing)
-    _check_update(settings.objective, weights, everyone.shape[1:])
+        weights, *_ = objective.update(Batch(everyone[0], everyone[1]), nothing.sum(0), nothing)
+    _check_update(objective, weights, everyone.shape[1:])
     return weights[own]
 
 
