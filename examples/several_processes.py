@@ -155,8 +155,7 @@ def main() -> None:
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
 
-    run = RunDirectory(options.out)
-    run.path.mkdir(parents=True, exist_ok=True)
+    (run := RunDirectory(options.out)).path.mkdir(parents=True, exist_ok=True)
     done, loss = 0, float("nan")
     if (state := load_checkpoint(run, ranks)) is not None:
         model.load_state_dict(state["model"])
@@ -176,8 +175,8 @@ def main() -> None:
                 mine |= {"labels": torch.full_like(mine["labels"], -100), "positions": mine["positions"][:0]}
             batches.append({key: tensor.to(device) for key, tensor in mine.items()})
 
-        dropout = [derived_seed(options.seed, "dropout", step, k, rank) for k in range(len(batches))]
-        loss_of_step = backward(inputs, loss_fn, batches, dropout)
+        seeds = [derived_seed(options.seed, "dropout", step, k, rank) for k in range(len(batches))]
+        loss_of_step = backward(inputs, loss_fn, batches, seeds)
         optimizer.step()
         optimizer.zero_grad()
 
