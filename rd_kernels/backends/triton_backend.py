@@ -132,9 +132,7 @@ class TritonBackend(TritonGEMM, TritonLinear, TritonSparse, Backend):
         # program that announces itself there may do so before all its threads' stores are under way.
         amd = self._architecture_of(device).startswith("gfx")
         if rows == 0 or num_groups > FUSED_GROUPS or amd:
-            return super().grouped_forward(
-                logits, labels, groups, q, rule, rate, adjustment, ignore_index
-            )
+            return super().grouped_forward(logits, labels, groups, q, rule, rate, adjustment, ignore_index)
         row_loss, normaliser, outcome = _row_results(rows, device)
         chunk_rows, partials, bad = _chunk_sums(rows, num_groups, device)
         scratch = (partials, bad, self._counters.zeros(1 + len(bad), device))

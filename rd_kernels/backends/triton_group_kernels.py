@@ -62,13 +62,13 @@ def reduce_chunk(
         named = tl.zeros([ROWS], tl.int32)  # not 0: in some group, or meant to be
         if BITS:
             member = _member_bits(groups, rows, rows < N, columns, width)
-            for place in range(0, tl.where(owns_ungrouped, width, 0)):
+            for place in range(tl.where(owns_ungrouped, width, 0)):
                 named |= tl.load(groups + rows * width + place, mask=rows < N, other=0)
         else:
             # Numbers, as AMD's compiler keeps what is true or false in too few registers.
             found = tl.zeros([ROWS, COLUMNS], tl.int32)
             bad_id = tl.zeros([ROWS], tl.int32)
-            for place in range(0, width):
+            for place in range(width):
                 group = tl.load(groups + rows * width + place, mask=rows < N, other=-1)
                 outside = (group < -1) | (group >= G)
                 found |= (tl.where(outside, -1, group)[:, None] == columns[None, :]).to(tl.int32)
@@ -247,10 +247,10 @@ def row_scale(
             coefficient = tl.load(coefficients + columns, mask=columns < G, other=0.0)
             value += tl.sum(tl.where(member, coefficient[None, :], 0.0), axis=1)
     else:
-        for place in range(0, width):
+        for place in range(width):
             group = tl.load(groups + rows * width + place, mask=counted, other=-1)
             new = (group >= 0) & (group < G)
-            for earlier in range(0, place):
+            for earlier in range(place):
                 new &= tl.load(groups + rows * width + earlier, mask=counted, other=-1) != group
             value += tl.load(coefficients + group, mask=new, other=0.0)
     tl.store(scale + rows, value, mask=rows < N)
