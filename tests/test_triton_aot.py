@@ -20,6 +20,7 @@ from rd_kernels.backends.triton_aot import COST_TABLE, Cost, regressions
 
 KERNELS = {
     "row_forward", "row_backward", "softmax_minus_onehot", "group_partials", "group_totals", "group_update", "row_scale",
+    "pack_mask",
     "scale_rows", "column_partials", "column_totals", "compact_counts", "compact_places", "gather_rows", "label_logits",
     "finish_rows", "settle_tiles",
 }  # fmt: skip

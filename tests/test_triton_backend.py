@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rd_kernels.backends.interface import Backend
 from rd_kernels.backends.triton_backend import TritonBackend
 from tests.devices import device_of
 
@@ -18,6 +19,20 @@ def with_kernels(version="3.9.0", interpreted=False):
         "INTERPRETED": SimpleNamespace(value=interpreted),
     }
     return backend
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A backend, and the names of the kernels that it starts."""
+    backend, names = TritonBackend(), []
+    launch = backend._launch
+
+    def note(kernel, *arguments, **options):
+        names.append(kernel)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(backend, "_launch", note)
+    return backend, names
 
 
 def test_refuses_what_it_cannot_serve():
@@ -76,22 +91,56 @@ def test_counters_are_kept_and_left_at_zero():
 
 
 @pytest.mark.parametrize("case", ["AMD", "many groups", "no rows"])
-def test_where_the_forward_stays_apart(monkeypatch, case):
+def test_where_the_forward_stays_apart(started, monkeypatch, case):
     """It launches the kernels of each step then, with the same results."""
-    backend, device = TritonBackend(), device_of("triton")
+    (backend, names), device = started, device_of("triton")
     if case == "AMD":
         monkeypatch.setattr(backend, "_architecture_of", lambda device: "gfx942")
-    started, launch = [], backend._launch
-
-    def note(kernel, *arguments, **options):
-        started.append(kernel)
-        launch(kernel, *arguments, **options)
-
-    monkeypatch.setattr(backend, "_launch", note)
     rows, count = (0 if case == "no rows" else 3), (63 if case == "many groups" else 62)
     logits, labels = torch.randn(rows, 9, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
     q = torch.full((count,), 1 / count, device=device)
     loss, *_ = backend.grouped_forward(logits, labels, labels, q, "erm", 0.0, None, -100)
-    assert started == ["row_forward", "group_partials", "group_totals", "group_update", "row_scale"]
+    assert names == ["row_forward", "group_partials", "group_totals", "group_update", "row_scale"]
     expected = torch.nn.functional.cross_entropy(logits, labels) if rows else torch.zeros((), device=device)
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("count", [1, 32, 33, 100])
+def test_a_mask_is_packed_in_one_launch(started, count):
+    backend, names = started
+    mask = torch.rand(70, count, device=device_of("triton")) < 0.5
+    packed = backend.pack_mask(mask)
+    assert names == ["pack_mask"]
+    assert torch.equal(packed, Backend.pack_mask(backend, mask))
+
+
+def test_details_change_no_bit_of_the_rest(started):
+    backend, names = started
+    logits, labels = (
+        torch.randn(3, 5000, device=device_of("triton")).bfloat16(),
+        torch.tensor([3, -100, 4999]),
+    )
+    labels, details = labels.to(logits.device), torch.empty(2, 2, 3, device=logits.device)
+    rows = [backend.row_forward(logits, labels, None, 0.0, -100, given) for given in (None, details[0])]
+    overwritten = [logits.clone(), logits.clone()]
+    whole = [
+        (*backend.softmax_minus_onehot_(z, labels, -100, given), z)
+        for z, given in zip(overwritten, (None, details[1]), strict=True)
+    ]
+    assert names == ["row_forward"] * 2 + ["softmax_minus_onehot"] * 2
+    for with_details, without in (rows, whole):
+        assert all(torch.equal(a, b) for a, b in zip(with_details, without, strict=True))
+    torch.testing.assert_close(details[0], details[1], rtol=2.0**-21, atol=0)
+
+
+def test_the_longest_rows_have_details_in_two_passes(started, monkeypatch):
+    """AMD's registers hold a row of this length, but not what its entropy takes beside it."""
+    backend, names = started
+    monkeypatch.setattr(backend, "_architecture_of", lambda device: "gfx942")
+    logits = torch.randn(2, 40000, device=device_of("triton")).bfloat16()
+    labels, details = torch.tensor([3, 39999], device=logits.device), torch.empty(2, 2, device=logits.device)
+    assert backend._config("softmax_minus_onehot", logits) is not None
+    expected = torch.special.entr(logits.double().softmax(1)).sum(1)
+    backend.softmax_minus_onehot_(logits, labels, -100, details)
+    assert names == ["row_forward", "row_backward"]
+    torch.testing.assert_close(details[0].double(), expected, rtol=1e-6, atol=0)

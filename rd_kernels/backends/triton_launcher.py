@@ -22,6 +22,7 @@ _MODULES = (
     "triton_group_kernels",
     "triton_linear_kernels",
     "triton_rule_kernels",
+    "triton_softmax_kernels",
     "triton_sparse_kernels",
 )  # those that hold kernels; importing them imports triton
 
