@@ -86,8 +86,8 @@ __device__ __forceinline__ Sums<T> join_lanes(const Sums<T>& mine, int width, Gr
 __device__ __forceinline__ bool find_columns(const Groups& groups, int64_t i, int r, int64_t start,
                                              GroupMemory& memory) {
   const auto enter = [&](int64_t column) {
-    const int64_t place = column - start;
-    if (place >= 0 && place < kGroupThreads) memory.member[place / 32][r] |= 1u << (place % 32);
+    const uint64_t place = column - start;  // huge if the column is in an earlier tile
+    if (place < kGroupThreads) memory.member[place / 32][r] |= 1u << (place % 32);
   };
   bool in_a_group = false, bad = false;
   for (int64_t k = 0; k < groups.width; ++k) {
@@ -99,8 +99,8 @@ __device__ __forceinline__ bool find_columns(const Groups& groups, int64_t i, in
       bad |= !inside && id != -1;
     } else {
       const uint32_t word = groups.bits[i * groups.width + k];
-      const int64_t place = k - start / 32;
-      if (place >= 0 && place < kTileWords) memory.member[place][r] = word;
+      const uint64_t place = k - start / 32;
+      if (place < kTileWords) memory.member[place][r] = word;
       in_a_group |= word != 0;
     }
   }
