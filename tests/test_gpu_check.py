@@ -96,12 +96,15 @@ def test_steps_name_files_that_exist_and_the_native_code_of_the_gpu(tmp_path):
     assert missing(Step("nothing", (), 1), sys.executable) == ""
 
 
-def test_files_that_need_hypothesis_are_left_out_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "absent", lambda python, modules: ["hypothesis"])
+def test_files_whose_packages_are_not_there_are_left_out_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "absent", lambda python, modules: ["hypothesis", "scipy"])
     (suite,) = [step for step in steps("python3", tmp_path, "8.0") if step.name == "suite"]
     assert "tests/test_group_dro.py" not in suite.commands[0]
     assert "tests/test_conformance.py" in suite.commands[0]
-    assert "without tests/test_cross_entropy.py, tests/test_group_dro.py: hypothesis" in suite.note
+    left_out = "tests/test_cross_entropy.py, tests/test_group_dro.py, tests/test_properties.py"
+    assert f"without {left_out}: hypothesis is not found; without " in suite.note
+    assert "tests/test_levels.py" in suite.note
+    assert suite.note.endswith(": scipy is not found")
 
 
 def test_a_sanitizer_is_found_beside_the_toolkit(tmp_path, monkeypatch):

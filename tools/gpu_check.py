@@ -76,12 +76,17 @@ def steps(python: str, out: Path, capability: str) -> list[Step]:
     files = [
         str(path.relative_to(ROOT)) for name in SUITE if (path := ROOT / f"tests/test_{name}.py").exists()
     ]
-    need_hypothesis = [
-        name for name in files if "import hypothesis" in text(name) or "from hypothesis" in text(name)
-    ]
-    left_out = need_hypothesis if absent(python, ["hypothesis"]) else []
-    files = [name for name in files if name not in left_out]
-    note = f"without {', '.join(left_out)}: hypothesis is not found" if left_out else ""
+    notes = []
+    for module in absent(python, ["hypothesis", "scipy"]):
+        # The float64 oracle needs scipy, so do the files that use it.
+        marks = {
+            "hypothesis": ("import hypothesis", "from hypothesis"),
+            "scipy": ("from tests.float64_oracle",),
+        }
+        left_out = [name for name in files if any(mark in text(name) for mark in marks[module])]
+        files = [name for name in files if name not in left_out]
+        notes.append(f"without {', '.join(left_out)}: {module} is not found")
+    note = "; ".join(notes)
     sanitizer = find("compute-sanitizer") or "compute-sanitizer"
     calls = (python, "-m", "tools.sanitizer_calls")
     return [
@@ -98,7 +103,7 @@ def steps(python: str, out: Path, capability: str) -> list[Step]:
             {"TORCH_CUDA_ARCH_LIST": architecture(capability), "RD_KERNELS_FORCE_CUDA": "1"},
         ),
         Step("gpu tests", ((*pytest, "-m", "gpu", "tests/gpu"),), 240, (".pytest",)),
-        Step("suite", ((*pytest, *files, "-k", "cuda or triton"),), 240, (".pytest",), note=note),
+        Step("suite", ((*pytest, *files, "-k", "cuda or triton"),), 400, (".pytest",), note=note),
         *(
             Step(
                 name,
