@@ -38,6 +38,7 @@ class Measured:
 @dataclass
 class Expected:
     loss: Tensor  # [] float64, differentiable: sum_i row_scale_i L_i with the scales held constant
+    value: float  # of the loss, by the losses that were seen
     row_scale: Tensor  # [N] float64
     weights: list[float]  # of the groups, as the report has them
     q: list[float]
@@ -94,6 +95,7 @@ class Oracle:
             inside = [u for u, unit in enumerate(counted) if unit.rows and unit.groups]
             shares = weigh_units(self.objective, [seen.units[u] for u in inside])
             by_unit = dict(zip(inside, shares, strict=True))
+            value = math.fsum(by_unit[u] * seen.units[u] for u in inside)
             weights = [
                 math.fsum(by_unit[u] for u in inside if group in counted[u].groups)
                 for group in range(self.num_groups)
@@ -105,6 +107,7 @@ class Oracle:
                 seen.excess[: self.num_groups],
             )
             weights, self.q, self.memory = weigh(self.objective, *given, self.q, self.memory)
+            value = math.fsum(w * mean for w, mean, count in zip(weights, *given[:2], strict=True) if count)
             by_unit = {
                 u: math.fsum(weights[group] / counts[group] for group in unit.groups)
                 for u, unit in enumerate(counted)
@@ -114,7 +117,9 @@ class Oracle:
             for row in counted[u].rows:
                 scale[row] = weight / len(counted[u].rows)
         loss = (scale * values["loss"]).sum()
-        return Expected(loss, scale, weights, list(self.q), [list(row) for row in self.memory], counts, means)
+        return Expected(
+            loss, value, scale, weights, list(self.q), [list(row) for row in self.memory], counts, means
+        )
 
 
 def units_of(
@@ -363,7 +368,7 @@ def _doremi(objective, means, counts, excess, q, memory, present):
     tilted = _softmax([_log(weight) + objective.step_size * s for weight, s in zip(q, scores, strict=True)])
     new = [(1 - objective.smoothing) * share + objective.smoothing / len(q) for share in tilted]
     mass = math.fsum(weight * n for weight, n in zip(new, counts, strict=True))
-    weights = [weight * n / mass for weight, n in zip(new, counts, strict=True)]
+    weights = [weight * n / (mass or 1) for weight, n in zip(new, counts, strict=True)]
     count = updates[0] + 1
     running = [(before * (count - 1) + weight) / count for before, weight in zip(average, new, strict=True)]
     return weights, new, [scores, running, [count] * len(q)]

@@ -91,13 +91,12 @@ def batch(form: str):
 @pytest.mark.parametrize("op", ["logits", "linear"])
 @pytest.mark.parametrize("entry", OBJECTIVES, ids=lambda entry: entry.name.replace("`", ""))
 def test_cell(backend, entry, op, form):
-    """Objective x backend x form of the groups in both ops, over two steps: loss, gradients, state and report."""
+    """Objective x backend x form of the groups in both ops: loss, gradients, state and report."""
     make = rd.GroupDROLoss if op == "logits" else rd.LinearGroupDROLoss
     loss_fn, oracle = make(G, entry.objective, backend=backend), Oracle(entry.objective, G)
-    for _ in range(2):
-        labels, groups, reference = batch(form)
-        reference = reference if entry.objective.needs_reference else None
-        assert_agrees(loss_fn, oracle, inputs(op), labels, groups, reference)
+    labels, groups, reference = batch(form)
+    reference = reference if entry.objective.needs_reference else None
+    assert_agrees(loss_fn, oracle, inputs(op), labels, groups, reference)
 
 
 @pytest.mark.parametrize("op", ["logits", "linear"])

@@ -15,11 +15,8 @@ B, T, V, D, G = 6, 5, 9, 4, 3
 LENGTHS = [5, 1, 0, 3, 2, 4]  # labelled tokens of the sequences
 OBJECTIVES = [
     rd.ERM(),
-    rd.WorstGroup(),
-    rd.CVaR(0.4),
-    rd.ChiSquare(0.2),
-    rd.KL(0.2, "groups"),
     rd.Tilted(0.7),
+    rd.KL(0.2, "groups"),
     rd.GroupDRO(0.5, loss_ema=0.3),
     rd.GroupDRO(0.5, 2.0, [4, 7, 2], "hold"),
     rd.DoReMi(),
@@ -109,14 +106,13 @@ def test_a_rows_gradient_is_its_sequences_weight_shared(backend):
             )
 
 
-@pytest.mark.parametrize("form", ["ids", "mask", "lists"])
-@pytest.mark.parametrize("op", ["logits", "linear"])
+@pytest.mark.parametrize(("op", "forms"), [("logits", ["ids", "mask"]), ("linear", ["lists", "ids"])])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_against_the_oracle(backend, objective, op, form):
+def test_against_the_oracle(backend, objective, op, forms):
     make = rd.GroupDROLoss if op == "logits" else rd.LinearGroupDROLoss
     loss_fn = make(G, objective, backend=backend, level="sequence", entropy=True, top_k=2)
     oracle = Oracle(objective, G, "sequence", top_k=2)
-    for _ in range(2):
+    for form in forms:  # and the state goes on
         logits, labels, ids, reference = batch()
         inputs = [logits] if op == "logits" else [torch.randn(B, T, D), torch.randn(V, D), torch.randn(V)]
         if not objective.needs_reference:
@@ -125,17 +121,17 @@ def test_against_the_oracle(backend, objective, op, form):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("form", ["none", "ids", "mask"])
+@pytest.mark.parametrize(("op", "form"), [("logits", "mask"), ("linear", "ids"), ("linear", "none")])
 @pytest.mark.parametrize("objective", OVER_ROWS, ids=str)
-def test_objectives_over_rows(backend, objective, form, level):
+def test_objectives_over_rows(backend, objective, op, form, level):
     """The rows are tokens, or sequences; those in no group do not count, and the groups are for the report only."""
     logits, labels, ids, _ = batch()
     groups, num_groups = (None, 1) if form == "none" else (grouped(form, ids), G)
-    loss_fn = rd.GroupDROLoss(num_groups, objective, backend=backend, level=level)
-    assert_agrees(loss_fn, Oracle(objective, num_groups, level), [logits], labels, groups)
-    hidden, weight = torch.randn(B, T, D), torch.randn(V, D)
-    loss_fn = rd.LinearGroupDROLoss(num_groups, objective, backend=backend, level=level)
-    assert_agrees(loss_fn, Oracle(objective, num_groups, level), [hidden, weight], labels, groups)
+    make, inputs = rd.GroupDROLoss, [logits]
+    if op == "linear":
+        make, inputs = rd.LinearGroupDROLoss, [torch.randn(B, T, D), torch.randn(V, D)]
+    loss_fn = make(num_groups, objective, backend=backend, level=level)
+    assert_agrees(loss_fn, Oracle(objective, num_groups, level), inputs, labels, groups)
     assert loss_fn.report().overall.weight == pytest.approx(1, rel=1e-6)
     assert loss_fn.report().ungrouped.weight == 0
 
@@ -155,34 +151,35 @@ def test_cvar_over_rows_is_the_mean_of_the_worst(backend, level):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize(("sequences", "length"), [(0, T), (B, 0), (0, 0)])
+@pytest.mark.parametrize(
+    ("sequences", "length", "form"), [(0, T, "ids"), (B, 0, "mask"), (0, T, "mask"), (0, 0, "lists")]
+)
 @pytest.mark.parametrize(
     "objective",
     [rd.GroupDRO(0.5, loss_ema=0.3), rd.DoReMi(), rd.WorstGroup(), rd.KL(0.2), rd.CVaR(0.3, over="rows")],
     ids=str,
 )
-def test_nothing_to_count(backend, objective, sequences, length, level):
+def test_nothing_to_count(backend, objective, sequences, length, form, level):
     """No sequences, or none with a token: loss 0, gradients of the right shapes, the state as it was."""
     labels = torch.zeros(sequences, length, dtype=torch.int64)
     reference = torch.zeros(sequences, length) if objective.needs_reference else None
     hidden, weight = torch.randn(sequences, length, D).requires_grad_(), torch.randn(V, D).requires_grad_()
-    for form in ("ids", "mask", "lists"):
-        groups = grouped(form, torch.zeros(B, dtype=torch.int64))[:sequences]
-        if level == "token" and form == "lists":
-            groups = groups[:, None]
-        linear = rd.LinearGroupDROLoss(G, objective, backend=backend, level=level)
-        loss = linear(hidden, weight, labels, groups, None, reference)
-        of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight))
-        logits = torch.randn(sequences, length, V).requires_grad_()
-        plain = rd.GroupDROLoss(G, objective, backend=backend, level=level)
-        (of_logits,) = torch.autograd.grad(plain(logits, labels, groups, reference), logits)
-        assert loss.item() == 0
-        assert (of_hidden.shape, of_logits.shape) == (hidden.shape, logits.shape)
-        assert torch.equal(of_weight, torch.zeros_like(weight))
-        for loss_fn in (linear, plain):
-            assert loss_fn.group_weights.tolist() == [pytest.approx(1 / G)] * G
-            torch.testing.assert_close(loss_fn.memory, objective.initial_memory(G), equal_nan=True)
-            assert loss_fn.report().overall.count == 0
+    groups = grouped(form, torch.zeros(B, dtype=torch.int64))[:sequences]
+    if level == "token" and form == "lists":
+        groups = groups[:, None]
+    linear = rd.LinearGroupDROLoss(G, objective, backend=backend, level=level)
+    loss = linear(hidden, weight, labels, groups, None, reference)
+    of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight))
+    logits = torch.randn(sequences, length, V).requires_grad_()
+    plain = rd.GroupDROLoss(G, objective, backend=backend, level=level)
+    (of_logits,) = torch.autograd.grad(plain(logits, labels, groups, reference), logits)
+    assert loss.item() == 0
+    assert (of_hidden.shape, of_logits.shape) == (hidden.shape, logits.shape)
+    assert torch.equal(of_weight, torch.zeros_like(weight))
+    for loss_fn in (linear, plain):
+        assert loss_fn.group_weights.tolist() == [pytest.approx(1 / G)] * G
+        torch.testing.assert_close(loss_fn.memory, objective.initial_memory(G), equal_nan=True)
+        assert loss_fn.report().overall.count == 0
 
 
 def test_more_axes_than_two(backend):
