@@ -117,7 +117,7 @@ def objectives(draw: Any, num_groups: int) -> rd.Objective:
             st.builds(
                 rd.Tilted, st.sampled_from([-1e200, -2.0, 0.0, 0.5, 1e3, 1e200]), st.just(base), st.just(over)
             ),
-            st.builds(rd.DoReMi, st.sampled_from([0.0, 1.0, 1e3]), st.sampled_from([0.0, 1e-4, 0.5, 1.0])),
+            st.builds(rd.DoReMi, st.sampled_from([0.0, 1.0, 1e3]), st.sampled_from([1e-6, 1e-4, 0.5, 1.0])),
         )
     )
 

@@ -154,8 +154,7 @@ class DoReMi(Objective):
     loss = sum_g q_g S_g / sum_g q_g n_g, with S_g and n_g loss sum and rows of g in the batch: w_g = q_g n_g / sum q n.
 
     A group absent from the batch has no part in the loss; its s stays what it was when last seen, so that its q moves
-    on, and is 0 before the first sighting. Where all groups that are present have lost their weight (smoothing 0), the loss
-    is 0. (The released code starts at the log of the vocabulary's size instead.)
+    on, and is 0 before the first sighting. (The released code starts at the log of the vocabulary's size instead.)
     ``step_size`` = 0 draws q to uniform, by ``smoothing``; ``smoothing`` = 1 sets it there. The result of a run is the
     mean of q over all updates, :meth:`average_weights`. A batch without rows, or with a loss that is not finite, changes
     no state. The loss must be called with ``reference_losses``.
@@ -190,7 +189,7 @@ class DoReMi(Objective):
         tilted = torch.softmax(q.log() + self.step_size * scores, dim=0)
         updated = (1 - self.smoothing) * tilted + self.smoothing / len(q)
         mass = updated * batch.counts
-        weights = mass / torch.where(mass.sum() == 0, 1, mass.sum())
+        weights = mass / torch.where(batch.present.any(), mass.sum(), 1)
         updates = updates + 1
         learned = torch.stack([scores, average + (updated - average) / updates, updates])
         usable = batch.present.any() & torch.isfinite(batch.means).all() & torch.isfinite(scores).all()
