@@ -312,7 +312,7 @@ def _kl(objective: Any, m: list[float], p: list[float]) -> list[float]:
 
 
 def _kl_divergence(w: list[float], p: list[float]) -> float:
-    # sum w log(w / p) with sum (p - w) = 0 added: no term is negative, small ones keep their digits.
+    # sum (p - w) = 0 is added, so that no term is negative.
     pairs = zip(w, p, strict=True)
     return math.fsum((a * math.log(a / b) if a else 0.0) + b - a for a, b in pairs)
 

@@ -354,7 +354,7 @@ def compare_gradients(
         loss = (losses * scale[cut].reshape(-1)).sum()
         for into, gradient in zip(plain, torch.autograd.grad(loss, batch.inputs), strict=True):
             into += gradient
-    # Below, a rounding is no longer relative, and what is summed in float32 may become 0.
+    # Below these a rounding is no longer relative, and what is summed in float32 may become 0.
     summed = torch.promote_types(case.dtype, torch.float32)
     flushed = torch.finfo(summed).smallest_normal / EPSILON[summed]
     smallest = max(torch.finfo(case.dtype).smallest_normal, flushed)
