@@ -75,7 +75,9 @@ def assert_same_training(found, expected, **tolerance):
     torch.testing.assert_close(losses, right_losses, **tolerance)
     saved = model.state_dict()  # with a process group also its size
     for name, other in right.state_dict().items():
-        torch.testing.assert_close(saved[name], other, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            saved[name], other, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 class Counted:
