@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rd_kernels as rd
 
-ROWS, WIDTH, HIDDEN, CLASSES, GROUPS, STEPS, MICRO = 24, 6, 8, 19, 4, 3, 3
+ROWS, WIDTH, HIDDEN, CLASSES, GROUPS, STEPS, MICRO = 24, 6, 8, 19, 4, 2, 3
 OPS = "logits", "linear"
 OBJECTIVES = {
     "erm": rd.ERM(), "decay": rd.GroupDRO(0.5), "hold": rd.GroupDRO(0.5, absent_groups="hold"),

@@ -32,9 +32,9 @@ OBJECTIVES = {
     "WorstGroup": rd.WorstGroup(),
     "DoReMi": rd.DoReMi(),
 }
-FORMS = ("ids", "mask", "lists")
+FORMS = {2: ("ids", "mask", "lists"), 4: ("mask",)}
 OPS = ("logits", "linear")
-STEPS = 3
+STEPS = 2
 
 
 def batch(form: str, step: int):
@@ -101,7 +101,7 @@ def train(process_group, cut: slice, form: str, accumulated: bool = False) -> di
 
 def work(rank: int, size: int) -> dict:
     world, cut = torch.distributed.group.WORLD, slice(*CUTS[size][rank : rank + 2])
-    results = {form: train(world, cut, form) for form in FORMS}
+    results = {form: train(world, cut, form) for form in FORMS[size]}
     results["again"] = train(world, cut, "mask")
     results["accumulated"] = train(world, cut, "ids", accumulated=True)
     loss_fn = rd.GroupDROLoss(G, process_group=world)
@@ -128,9 +128,10 @@ def several(request):
     return ranks.run(work, request.param, request.param)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_ranks_equal_one(several, form):
-    for case, expected in alone(form).items():
+def test_ranks_equal_one(several):
+    for form, (case, expected) in (
+        (form, item) for form in FORMS[len(several)] for item in alone(form).items()
+    ):
         found = [rank[form][case] for rank in several]
         for place, wanted in enumerate(expected):
             ours = [each[place] for each in found]
@@ -143,7 +144,7 @@ def test_ranks_equal_one(several, form):
                     atol=2e-6,
                     rtol=2e-5,
                     equal_nan=True,
-                    msg=lambda text, case=case: f"{case}: {text}",
+                    msg=lambda text, case=(form, *case): f"{case}: {text}",
                 )
 
 
@@ -155,10 +156,10 @@ def test_repeated_runs_have_the_same_bits(several):
 
 
 def test_all_ranks_have_the_same_state(several):
-    for case in several[0]["ids"]:
+    for case in several[0]["mask"]:
         for rank in several[1:]:
             for place in (2, 3, 4 * STEPS - 2, 4 * STEPS - 1):
-                one, other = rank["ids"][case][place], several[0]["ids"][case][place]
+                one, other = rank["mask"][case][place], several[0]["mask"][case][place]
                 assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)), case
 
 

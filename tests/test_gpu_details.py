@@ -10,7 +10,7 @@ from rd_kernels.backends.registry import get
 from tests.gpu_oracles import BAD_LABEL, HIT, HUGE, IGNORE, IGNORED, QUIET, make
 from tests.test_gpu_kernels import DTYPES, OPTIONS, SHAPES, assert_as_good_as_eager, class_weights
 
-pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("poisoned")]
+pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("poisoned"), pytest.mark.grid]
 
 SUMS_APART = {"rtol": 2.0**-21, "atol": 2.0**-21, "equal_nan": True}
 

@@ -20,7 +20,7 @@ from tests.gpu_oracles import (
     make,
 )
 
-pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("poisoned")]
+pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("poisoned"), pytest.mark.grid]
 
 
 FORMS = pytest.mark.parametrize("form", ["ids", "lists", "bits"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import rd_kernels as rd
 from tests.float64_oracle import Oracle, assert_agrees
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.grid]
 
 B, T, V, D, G = 6, 5, 9, 4, 3
 LENGTHS = [5, 1, 0, 3, 2, 4]  # labelled tokens of the sequences

@@ -10,6 +10,8 @@ import torch
 import rd_kernels as rd
 from tests.oracles import PublishedGroupDRO
 
+pytestmark = pytest.mark.grid
+
 G, V = 3, 7
 
 

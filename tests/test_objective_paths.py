@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 import rd_kernels as rd
 
+pytestmark = pytest.mark.grid
+
 
 @dataclass(frozen=True)
 class Uniform(rd.Objective):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import rd_kernels as rd
 from tests.float64_oracle import Oracle, assert_agrees
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.grid]
 
 N, V, D, G = 20, 11, 5, 4
 NAMES = ("loss", "accuracy", "entropy", "top_k_accuracy")
