@@ -71,8 +71,8 @@ struct Groups {
   int64_t count;         // G
 };
 
-// kGroupDroHold: groups absent from the batch keep their q, and the others share the rest. kTilted...: weights
-// proportional to exp(rate m_g), times n_g or not. kWorstGroup: the largest mean loss, ties sharing.
+// kGroupDroHold: groups absent from the batch keep their q, and the others share the rest. kTilted...:
+// weights proportional to exp(rate m_g), times n_g or not. kWorstGroup: the largest mean loss, ties sharing.
 enum class Objective { kErm, kGroupDro, kGroupDroHold, kTiltedRows, kTiltedGroups, kWorstGroup };
 
 struct Update {
