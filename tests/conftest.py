@@ -34,16 +34,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-_ONE_IN = 5  # of a grid, where Triton's kernels are interpreted
+_ONE_IN = 5  # of a grid, where Triton's kernels are interpreted, or CUDA's run under the sanitizers
+# Minutes each: they come first, so that no process is left with one at the end.
+_LONGEST = ("test_cuda_sanitized.py", "test_triton_aot.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
     seen: Counter[str] = Counter()
+    slow_kernels = {"triton"} if device_of("triton") == "cpu" else set()
+    slow_kernels |= {"cuda"} if "RD_EMULATION_SANITIZE" in os.environ else set()
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if "triton" in params.values() and device_of("triton") == "cpu" and item.get_closest_marker("grid"):
-            test = item.nodeid.split("[")[0]
+        backend = next((value for value in params.values() if value in ("triton", "cuda")), None)
+        if backend in slow_kernels and item.get_closest_marker("grid"):
+            test = backend + item.nodeid.split("[")[0]
             if seen[test] % _ONE_IN:
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1

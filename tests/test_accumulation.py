@@ -7,6 +7,8 @@ import torch
 
 import rd_kernels as rd
 
+pytestmark = pytest.mark.grid
+
 OBJECTIVES = [
     rd.ERM(), rd.GroupDRO(0.5), rd.GroupDRO(0.5, 2.0, [5, 9, 3], "hold"), rd.CVaR(0.4), rd.ChiSquare(0.3),
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from rd_kernels.backends.registry import get
 from rd_kernels.rules import RULES
 from tests.gpu_oracles import QUIET
 
-pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("poisoned")]
+pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("poisoned"), pytest.mark.grid]
 
 EVERY = pytest.mark.parametrize("rule", RULES)
 WITH_STATE = ("group_dro", "group_dro_hold")

@@ -27,7 +27,14 @@ KERNELS = {
 PRODUCTS = {
     "exponentials", "live_product", "overflow_forward", "overflow_grad_hidden", "overflow_grad_weight",
 }  # fmt: skip
-PER_TARGET = pytest.mark.parametrize("target", triton_aot.TARGETS)
+EVERY_TIME = ("sm_90", "gfx942")  # one of each vendor; the others take as long again and are slow
+PER_TARGET = pytest.mark.parametrize(
+    "target",
+    [
+        target if target in EVERY_TIME else pytest.param(target, marks=pytest.mark.slow)
+        for target in triton_aot.TARGETS
+    ],
+)
 
 
 def compile_all(folder, *options):
@@ -44,8 +51,13 @@ def compile_all(folder, *options):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return compile_all(tmp_path_factory.mktemp("aot"))
+def compiled(request, tmp_path_factory):
+    """For the targets of the tests that were chosen."""
+    chosen = {
+        item.callspec.params.get("target") for item in request.session.items if hasattr(item, "callspec")
+    }
+    targets = [target for target in triton_aot.TARGETS if target in chosen | set(EVERY_TIME)]
+    return compile_all(tmp_path_factory.mktemp("aot"), "--target", *targets)
 
 
 def assert_nothing_spills(costs):
