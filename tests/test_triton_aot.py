@@ -103,6 +103,8 @@ def test_costs_are_no_worse_than_the_table(compiled):
     """With another triton than the table's, what only its compiler decides (registers, shared memory, narrow accesses
     at the edges, the list of variants) is not compared."""
     table, version = json.loads(COST_TABLE.read_text()), importlib.metadata.version("triton")
+    targets = {cost.target for cost in compiled[1]}
+    table["costs"] = [row for row in table["costs"] if row[1] in targets]
     found = regressions(compiled[1], table, version)
     note = "" if version == table["triton"] else f" (triton {version}: only spills, stacks, widest accesses)"
     assert not found, "\n".join(
