@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-_ONE_IN = 5  # of a grid, where Triton's kernels are interpreted, or CUDA's run under the sanitizers
+_ONE_IN = 5  # of a grid, where Triton's kernels are interpreted
 # Minutes each: they come first, so that no process is left with one at the end.
 _LONGEST = ("test_cuda_sanitized.py", "test_triton_aot.py")
 
@@ -43,16 +43,17 @@ _LONGEST = ("test_cuda_sanitized.py", "test_triton_aot.py")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in _LONGEST)
     seen: Counter[str] = Counter()
-    slow_kernels = {"triton"} if device_of("triton") == "cpu" else set()
-    slow_kernels |= {"cuda"} if "RD_EMULATION_SANITIZE" in os.environ else set()
+    # RD_TESTS_ONE_IN: of every test's cases for a backend; what is left out is slow.
+    of_all, interpreted = int(os.environ.get("RD_TESTS_ONE_IN", "1")), device_of("triton") == "cpu"
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        backend = next((value for value in params.values() if value in ("triton", "cuda")), None)
-        if backend in slow_kernels and item.get_closest_marker("grid"):
-            test = backend + item.nodeid.split("[")[0]
-            if seen[test] % _ONE_IN:
-                item.add_marker(pytest.mark.slow)
-            seen[test] += 1
+        backend = next((value for value in params.values() if value in ("triton", "cuda")), "")
+        of_grid = backend == "triton" and interpreted and item.get_closest_marker("grid")
+        one_in = max(of_all, _ONE_IN if of_grid else 1)
+        test = backend + item.nodeid.split("[")[0]
+        if params and seen[test] % one_in:
+            item.add_marker(pytest.mark.slow)
+        seen[test] += 1
     if not config.getoption("--online"):
         skip = pytest.mark.skip(reason="needs the Hugging Face hub; run with --online")
         for item in items:
