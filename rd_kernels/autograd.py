@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rd_kernels import ops
 
-__all__ = ["DecoderRows", "LinearRowsLoss", "RowsLoss", "refuse_other_backwards"]
+__all__ = ["DecoderRows", "LinearRowsLoss", "RowsLoss", "gradient_of_rows", "refuse_other_backwards"]
 
 
 def refuse_other_backwards(grad_out: Tensor) -> None:
@@ -29,6 +29,17 @@ def refuse_other_backwards(grad_out: Tensor) -> None:
             "rd_kernels losses have no batched backward: is_grads_batched=True and vectorize=True are not "
             "supported, use a loop over torch.autograd.grad"
         )
+
+
+def gradient_of_rows(
+    overwrite: bool, grad_out: Tensor, row_scale: Tensor | None, logits: Tensor, *others: Any
+) -> Tensor:
+    """``Backend.row_backward``, written over the logits or not; a compiler plans memory itself."""
+    if not overwrite or torch.compiler.is_compiling():
+        return ops.row_backward(grad_out, row_scale, logits, *others)
+    ops.row_backward_(grad_out, row_scale, logits, *others)
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()
 
 
 class RowsLoss(torch.autograd.Function):
@@ -66,13 +77,9 @@ class RowsLoss(torch.autograd.Function):
         logits, scale, divisor, labels, normaliser, class_weight = ctx.saved_tensors
         if divisor is not None:
             grad_out = grad_out / divisor
-        arguments = (grad_out, scale, logits, labels, normaliser, class_weight, *ctx.constants)
-        if ctx.inplace_backward and not torch.compiler.is_compiling():
-            ops.row_backward_(*arguments)
-            torch.autograd.graph.increment_version(logits)
-            gradient = logits.detach()
-        else:
-            gradient = ops.row_backward(*arguments)
+        gradient = gradient_of_rows(
+            ctx.inplace_backward, grad_out, scale, logits, labels, normaliser, class_weight, *ctx.constants
+        )
         return (gradient, *[None] * 10)
 
 

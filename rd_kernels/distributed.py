@@ -53,6 +53,8 @@ def join(columns: Tensor, process_group: Any) -> tuple[Tensor, slice]:
     sizes = [torch.empty_like(own) for _ in range(ranks)]
     torch.distributed.all_gather(sizes, own, group=process_group)
     widths = torch.cat(sizes).tolist()
+    if not any(widths):
+        return columns, slice(0, 0)
     padded = columns.new_zeros((columns.shape[0], max(widths)))
     padded[:, : columns.shape[1]] = columns
     gathered = [torch.empty_like(padded) for _ in range(ranks)]

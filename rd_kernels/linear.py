@@ -106,12 +106,12 @@ def forward(
     num_classes: int,  # V
     ignore_index: int,
     layout: Layout,
-    details: Tensor
-    | None = None,  # [2, N] acc, written (Backend.row_forward); not with index or a fused product
+    details: Tensor | None = None,  # [2, N] acc, Backend.row_forward's
 ) -> tuple[Tensor, Tensor, Tensor, Stored]:
     """-> ``row_loss`` [N], ``normaliser`` [2, N], ``outcome`` [N], and what is stored.
 
-    With ``index`` row i of the results and of ``labels`` belongs to hidden[index[i]], -1: to none.
+    With ``index`` row i of the results and of ``labels`` belongs to hidden[index[i]], -1: to none. ``details`` are
+    written; not together with ``index`` or a fused product.
     """
 
     def details_of(block: slice) -> Tensor | None:

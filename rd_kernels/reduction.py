@@ -58,8 +58,8 @@ class Settings:
     def plain(self) -> bool:
         """Whether a kernel can do steps 2 and 3 at once."""
         objective = self.objective
-        token_level = self.level == "token"
-        return token_level and not self.extras and objective.rule is not None and not objective.over_rows
+        more = self.detailed or objective.needs_reference or objective.over_rows
+        return self.level == "token" and objective.rule is not None and not more
 
 
 class State(NamedTuple):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rd_kernels.ops import raise_if_bad
+from rd_kernels.reduction import EXTRAS
 
 __all__ = ["GroupReport", "GroupStats"]
 
@@ -67,15 +68,12 @@ class GroupReport:
             rows.append(("(in no group)", self.ungrouped))
         width = max(len(name) for name, _ in rows)
         fields = {"loss": ".4f", "count": "d", "weight": ".4f", "accuracy": ".4f"}
-        fields |= {name: ".4f" for name in _EXTRAS if getattr(self.overall, name) is not None}
+        fields |= {name: ".4f" for name in EXTRAS if getattr(self.overall, name) is not None}
         lines = [f"{'':{width}}" + "".join(f"  {field:>{len(field) + 4}}" for field in fields)]
         for name, stats in rows:
             cells = (f"{getattr(stats, field):{len(field) + 4}{form}}" for field, form in fields.items())
             lines.append(f"{name:{width}}  " + "  ".join(cells))
         return "\n".join(lines)
-
-
-_EXTRAS = ("excess", "entropy", "top_k_accuracy")
 
 
 def _stats(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rd_kernels import distributed, ops
-from rd_kernels.autograd import refuse_other_backwards
+from rd_kernels.autograd import gradient_of_rows, refuse_other_backwards
 from rd_kernels.backends.interface import BAD_LABEL, HIT, IGNORED, MISS
 from rd_kernels.reduction import Given, Keys, Reduced, Settings, State, reduce_rows
 
@@ -186,13 +186,9 @@ class _PartLoss(torch.autograd.Function):
         # Without the label's 1, which the kernels subtract; to add it back in 16 bits would not be exact.
         first = scale * ((rows[:, 0].to(scale.dtype) - normaliser[0]) - normaliser[1]).exp()
         first = torch.where(scale == 0, 0, first).to(rows.dtype)
-        arguments = (grad_out, row_scale, rows, places, normaliser, None, 0.0, _NO_LABEL, ctx.backend)
-        if ctx.overwrite and not torch.compiler.is_compiling():
-            ops.row_backward_(*arguments)
-            torch.autograd.graph.increment_version(rows)
-            gradient = rows.detach()
-        else:
-            gradient = ops.row_backward(*arguments)
+        gradient = gradient_of_rows(
+            ctx.overwrite, grad_out, row_scale, rows, places, normaliser, None, 0.0, _NO_LABEL, ctx.backend
+        )
         gradient[:, 0] = torch.where(elsewhere, first, gradient[:, 0])
         return (gradient, *[None] * 7)
 

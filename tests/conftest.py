@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     of_all, interpreted = int(os.environ.get("RD_TESTS_ONE_IN", "1")), device_of("triton") == "cpu"
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        backend = next((value for value in params.values() if value in ("triton", "cuda")), "")
+        names = [value for value in params.values() if isinstance(value, str)]
+        backend = next((name for name in names if name in ("triton", "cuda")), "")
         of_grid = backend == "triton" and interpreted and item.get_closest_marker("grid")
         one_in = max(of_all, _ONE_IN if of_grid else 1)
         test = backend + item.nodeid.split("[")[0]
